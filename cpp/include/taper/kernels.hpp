@@ -1,0 +1,88 @@
+// The operations that an instruction set provides. docs/numerics.md defines each result bit for bit.
+//
+// Kernels check nothing and start no threads: cpp/apis checks, cpp/heuristics chooses, the pool in cpp/runtime
+// splits the range. A pointer that may be null says so.
+#pragma once
+
+#include <cstdint>
+
+namespace taper {
+
+// A weight matrix as bit planes, most significant first (docs/format.md, "A plane").
+struct PlanesView {
+  const uint8_t* const* planes;  // bits pointers to (rows, cols / 8) bytes, row-major
+  int64_t rows;                  // out_features
+  int64_t cols;                  // in_features rounded up to a multiple of 64
+  int bits;                      // planes to read, 1..8
+  const int8_t* table;           // 2^bits values in code order
+  const float* row_scale;        // (rows)
+  float level_scale;
+  const float* bias;             // (rows) or null
+};
+
+// Rows of activations as int8 with one scale each.
+struct ActivationsView {
+  const int8_t* q;       // (tokens, cols), columns past in_features are zero
+  const float* scale;    // (tokens)
+  const int32_t* sum;    // (tokens) sum of q
+  int64_t tokens;
+};
+
+struct OutputView {
+  float* out;             // (tokens, rows)
+  const float* residual;  // (tokens, rows), may be out itself, or null
+};
+
+enum class KvType : int { f16 = 0, f32 = 1 };
+
+// Keys and values of one layer: (kv_heads, capacity, head_dim).
+struct KvView {
+  void* keys;
+  void* values;
+  KvType type;
+  int64_t kv_heads;
+  int64_t capacity;
+  int64_t head_dim;
+};
+
+struct AttentionArgs {
+  const float* q;       // (tokens, heads, head_dim), after RoPE; row stride q_stride floats
+  int64_t q_stride;
+  KvView kv;
+  int64_t heads;
+  int64_t position;     // of the first token; token t sees the entries 0 .. position + t
+  float scale;
+  float* out;           // (tokens, heads * head_dim)
+  float* scores;        // scratch of this thread: (heads / kv_heads) * (position + tokens) floats
+};
+
+struct Kernels {
+  const char* name;
+
+  // out rows [row_begin, row_end) for every token. gemv is meant for few tokens (unpacks in registers), gemm for many
+  // (unpacks a tile of rows once). Both give the same bytes.
+  void (*planes_gemv)(const PlanesView&, const ActivationsView&, const OutputView&, int64_t row_begin, int64_t row_end);
+  void (*planes_gemm)(const PlanesView&, const ActivationsView&, const OutputView&, int64_t row_begin, int64_t row_end);
+  // One row's int8 values in column order: out (cols).
+  void (*planes_unpack)(const PlanesView&, int64_t row, int8_t* out);
+
+  // Each works on one row of n floats; y may be x.
+  void (*rms_norm)(const float* x, const float* gain /* or null */, float eps, int64_t n, float* y);
+  void (*rotate)(float* x, const float* signs /* +1 or -1 */, int64_t n, int64_t block, bool inverse);
+  void (*quantize)(const float* x, int64_t n, int64_t cols, int magnitude_bits, int8_t* q, float* scale, int32_t* sum);
+  void (*swiglu)(const float* gate, const float* up, int64_t n, float* y);
+  void (*exp)(const float* x, int64_t n, float* y);
+
+  // One token: rotates the query heads in place, rotates the key heads and stores keys and values at `position`.
+  // qkv: (heads + 2 kv_heads) * head_dim floats; cos, sin: (head_dim / 2) floats.
+  void (*rope_store)(float* qkv, int64_t heads, const KvView& kv, int64_t position, const float* cos, const float* sin);
+  // One token t of the args and one kv head with all query heads that share it.
+  void (*attention)(const AttentionArgs&, int64_t token, int64_t kv_head);
+};
+
+// Tables by instruction set; null where this build does not contain it.
+const Kernels* reference_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+
+}  // namespace taper
