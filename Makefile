@@ -1,0 +1,53 @@
+# Everything lives in .venv; nothing is installed outside the checkout.
+PYTHON ?= $(shell command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3)
+BIN    := .venv/bin
+NATIVE := CMakeLists.txt pyproject.toml $(shell find cpp -type f)
+CPP    := $(shell find cpp -name '*.cpp' -o -name '*.hpp')
+PROMPT ?= Once upon a time
+
+.PHONY: run test lint types format bench parity clean
+
+run: .venv/run.stamp  ## build, then answer with the embedded model, every token marked with its bits
+	@$(BIN)/taper run --policy progressive --show-bits --max-tokens 120 "$(PROMPT)"
+
+test: .venv/dev.stamp  ## the whole test suite
+	$(BIN)/python -m pytest
+
+lint: .venv/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+types: .venv/dev.stamp
+	$(BIN)/mypy
+
+format: .venv/dev.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+bench: .venv/run.stamp  ## prefill and decode of the embedded model at several widths
+	$(BIN)/taper bench --bits 6,4,3,2
+
+parity: .venv/dev.stamp  ## float logits against transformers, live (installs torch)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group parity
+	$(BIN)/python -m pytest tests/parity -m parity
+
+clean:
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+.venv/bin/python:
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "error: Taper needs Python 3.11 or newer, found $$("$(PYTHON)" -V 2>&1)"; \
+	       echo "hint: make PYTHON=/path/to/python3.11 run"; exit 2; }
+	"$(PYTHON)" -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+
+.venv/run.stamp: .venv/bin/python $(NATIVE)
+	@echo "building Taper into .venv (about a minute)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+.venv/dev.stamp: .venv/run.stamp
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --group dev
+	@touch $@
