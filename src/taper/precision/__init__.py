@@ -1,0 +1,18 @@
+"""Precision policies: how many bits each forward pass reads."""
+
+from taper.precision.kinds import Fixed, PhaseAware, Progressive, ProgressiveThirds
+from taper.precision.parse import describe_widths, parse_policy
+from taper.precision.policy import LogitFeatures, Phase, PrecisionPolicy, StepContext
+
+__all__ = [
+    "Fixed",
+    "LogitFeatures",
+    "Phase",
+    "PhaseAware",
+    "PrecisionPolicy",
+    "Progressive",
+    "ProgressiveThirds",
+    "StepContext",
+    "describe_widths",
+    "parse_policy",
+]

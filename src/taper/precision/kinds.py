@@ -1,0 +1,100 @@
+"""The policies that need nothing but counting: fixed, phase-aware, static progressive."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from taper.precision.policy import StepContext
+
+# Decode widths of the default schedule, one for each third of the token limit. Their mean is 4 bits, the
+# bytes of fixed:4, with the bits moved to where an error costs most: every later token reads what the early
+# tokens wrote (PMPD, arXiv 2410.13461, section 3: quality with p_h in the first part of decoding only is
+# about that of p_h throughout). 3 is the floor: PMPD's pairs for models below 7 B are 4/3, and long runs at 2
+# bits fall into repetition (AnyBCQ's rerun of PMPD).
+DEFAULT_DECODE_BITS = (5, 4, 3)
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """The same bits for every pass."""
+
+    width: int
+
+    @property
+    def name(self) -> str:
+        """`fixed:B`."""
+        return f"fixed:{self.width}"
+
+    def bits(self, step: StepContext) -> int:
+        """The one width."""
+        return self.width
+
+
+@dataclass(frozen=True)
+class PhaseAware:
+    """One width for the prompt and one for every decode pass."""
+
+    prefill_bits: int
+    decode_bits: int
+
+    @property
+    def name(self) -> str:
+        """`phase:P/D`."""
+        return f"phase:{self.prefill_bits}/{self.decode_bits}"
+
+    def bits(self, step: StepContext) -> int:
+        """The width of the step's phase."""
+        return self.prefill_bits if step.phase == "prefill" else self.decode_bits
+
+
+@dataclass(frozen=True)
+class Progressive:
+    """Bits that only fall as the answer grows, at given switch points (PMPD, section 3).
+
+    `points` are (bits, start): the token with index `start` (from 0) and those after it are drawn from passes
+    at `bits`. The first start is 0 and covers the prompt, because the prompt's last pass draws token 0. PMPD
+    counts decode passes instead: its s passes at p_h are a switch at start = s + 1 here, and its rule that
+    the first decode pass always runs at p_h is a first switch at 2 or later.
+    """
+
+    points: tuple[tuple[int, int], ...]
+
+    @cached_property
+    def name(self) -> str:
+        """`progressive:B@START,...`."""
+        return "progressive:" + ",".join(f"{bits}@{start}" for bits, start in self.points)
+
+    def bits(self, step: StepContext) -> int:
+        """Bits of the last switch point that the sequence has reached."""
+        return next(bits for bits, start in reversed(self.points) if start <= step.num_generated)
+
+
+@dataclass(frozen=True)
+class ProgressiveThirds:
+    """The default schedule: the prompt at `prefill_bits`, then one decode width for each third of the token
+    limit.
+
+    Prefill reads the weights once for many tokens, so more bits cost little there and give a better KV cache.
+    PMPD's released code switches at thirds of the token limit, too.
+    """
+
+    prefill_bits: int
+    decode_bits: tuple[int, int, int]
+
+    @property
+    def name(self) -> str:
+        """`progressive`."""
+        return "progressive"
+
+    def bits(self, step: StepContext) -> int:
+        """Width of the third that the next token falls in."""
+        if step.phase == "prefill":
+            return self.prefill_bits
+        return self.decode_bits[min(2, 3 * step.num_generated // step.max_tokens)]
+
+    @classmethod
+    def for_widths(cls, min_bits: int, max_bits: int) -> ProgressiveThirds:
+        """For a model with these widths: the prompt at all bits, decode at the widths nearest to 5, 4, 3."""
+        first, second, third = (max(min_bits, min(max_bits, bits)) for bits in DEFAULT_DECODE_BITS)
+        return cls(max_bits, (first, second, third))

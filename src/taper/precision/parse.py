@@ -1,0 +1,110 @@
+"""From a policy's text to the policy."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from taper.errors import UsageError
+from taper.precision.kinds import Fixed, PhaseAware, Progressive, ProgressiveThirds
+from taper.precision.policy import PrecisionPolicy
+
+EXAMPLES = "write fixed:4, phase:6/3, progressive or progressive:6@0,4@16,3@64"
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A policy's text and the widths it may use."""
+
+    text: str
+    min_bits: int
+    max_bits: int
+
+    @property
+    def widths(self) -> str:
+        """The model's widths in words."""
+        return describe_widths(self.min_bits, self.max_bits)
+
+    def bits(self, word: str) -> int:
+        """One width, checked against the model's."""
+        bits = self.integer(word)
+        if not self.min_bits <= bits <= self.max_bits:
+            raise UsageError(
+                f"policy {self.text!r} asks for {bits} bits; this model holds {self.widths}",
+                f"choose a width from {self.min_bits} to {self.max_bits}",
+            )
+        return bits
+
+    def integer(self, word: str) -> int:
+        """A count in plain decimal digits."""
+        if not (word.isascii() and word.isdigit() and len(word) <= 9):
+            raise self.refuse(f"{word!r} is not a count")
+        return int(word)
+
+    def refuse(self, reason: str) -> UsageError:
+        """The error for text that is no policy."""
+        return UsageError(f"policy {self.text!r}: {reason}", EXAMPLES)
+
+
+def describe_widths(min_bits: int, max_bits: int) -> str:
+    """`2 to 8 bits`, or `32 bits` where there is one width."""
+    return f"{max_bits} bits" if min_bits == max_bits else f"{min_bits} to {max_bits} bits"
+
+
+def parse_policy(text: str, min_bits: int, max_bits: int) -> PrecisionPolicy:
+    """Read a policy's text for a model of the given widths.
+
+    `fixed:B`; `phase:P/D` (prompt at P bits, decode at D); `progressive:B@0,B@N,...` (prompt and first tokens
+    at the first width, from the token with index N on at the next; bits never rise); `progressive` (a default
+    for the model's widths, `ProgressiveThirds`).
+
+    Raises:
+        UsageError: not a policy, bits that the model does not hold, bits that rise.
+    """
+    source = _Source(text, min_bits, max_bits)
+    kind, _, argument = text.strip().partition(":")
+    if kind not in KINDS:
+        raise source.refuse(f"no policy is called {kind!r}; there are {', '.join(KINDS)}")
+    return KINDS[kind](source, argument)
+
+
+def _fixed(source: _Source, argument: str) -> PrecisionPolicy:
+    return Fixed(source.bits(argument))
+
+
+def _phase(source: _Source, argument: str) -> PrecisionPolicy:
+    prefill, slash, decode = argument.partition("/")
+    if not slash:
+        raise source.refuse("phase takes two widths with a slash between them")
+    return PhaseAware(source.bits(prefill), source.bits(decode))
+
+
+def _progressive(source: _Source, argument: str) -> PrecisionPolicy:
+    if source.text.strip() == "progressive":
+        return ProgressiveThirds.for_widths(source.min_bits, source.max_bits)
+    points = tuple(_switch_point(source, word) for word in argument.split(","))
+    if points[0][1] != 0:
+        raise source.refuse(f"the first switch point is at token {points[0][1]}; it must be at 0")
+    for (bits, start), (next_bits, next_start) in itertools.pairwise(points):
+        if next_start <= start:
+            raise source.refuse(f"switch point {next_start} does not come after {start}")
+        if next_bits > bits:
+            raise source.refuse(
+                f"bits rise from {bits} to {next_bits} at token {next_start}; they may only fall"
+            )
+    return Progressive(points)
+
+
+def _switch_point(source: _Source, word: str) -> tuple[int, int]:
+    bits, at, start = word.partition("@")
+    if not at:
+        raise source.refuse(f"{word!r} is no switch point; it needs bits@token")
+    return source.bits(bits), source.integer(start)
+
+
+KINDS: dict[str, Callable[[_Source, str], PrecisionPolicy]] = {
+    "fixed": _fixed,
+    "phase": _phase,
+    "progressive": _progressive,
+}

@@ -1,0 +1,64 @@
+"""The one question a precision policy answers: how many bits for the next forward pass of this sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+Phase = Literal["prefill", "decode"]
+
+
+@dataclass(frozen=True, slots=True)
+class LogitFeatures:
+    """What the model's last distribution says about its certainty.
+
+    Attributes:
+        entropy: of the raw distribution, in nats.
+        margin: probability of the best token minus that of the second best.
+        max_probability: probability of the best token.
+    """
+
+    entropy: float
+    margin: float
+    max_probability: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepContext:
+    """What is known just before a forward pass.
+
+    The token with index n (from 0) is drawn from the logits of the pass that runs with `num_generated == n`:
+    the last prefill chunk for n = 0, then the decode pass that reads token n - 1. So the bits given for a
+    step are the bits of the token that comes out of it.
+
+    Attributes:
+        phase: prefill (a chunk of the prompt) or decode (one generated token).
+        position: of the first token of this pass in the sequence.
+        num_generated: tokens drawn so far; 0 in prefill, at least 1 in decode.
+        max_tokens: limit on the generated tokens of this request.
+        min_bits, max_bits: widths that the model can be read at.
+        logit_features: computes the features of the last logits when called; None in prefill.
+    """
+
+    phase: Phase
+    position: int
+    num_generated: int
+    max_tokens: int
+    min_bits: int
+    max_bits: int
+    logit_features: Callable[[], LogitFeatures] | None = None
+
+
+@runtime_checkable
+class PrecisionPolicy(Protocol):
+    """Chooses the bits of every forward pass. A policy that keeps state serves one request only."""
+
+    @property
+    def name(self) -> str:
+        """The policy as text, for the record of a run."""
+        ...
+
+    def bits(self, step: StepContext) -> int:
+        """Bits for this pass, `step.min_bits`..`step.max_bits`; the engine refuses anything else."""
+        ...
