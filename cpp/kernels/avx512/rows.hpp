@@ -1,0 +1,52 @@
+// Four output rows at a time: their horizontal sums share the shuffles, and a block of 256, 128 or 64 columns of four
+// rows fills two registers, one, or half of one.
+#pragma once
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "taper/kernels.hpp"
+
+namespace taper::avx512 {
+
+inline constexpr int kRows = 4;
+
+// Lanes of rows a, b: 16 + 16 -> [a: 8 | b: 8].
+inline __m512i fold_pair(__m512i a, __m512i b) {
+  return _mm512_add_epi32(_mm512_shuffle_i64x2(a, b, 0x44), _mm512_shuffle_i64x2(a, b, 0xEE));
+}
+
+// [a: 8 | b: 8], [c: 8 | d: 8] -> [a: 4 | b: 4 | c: 4 | d: 4].
+inline __m512i fold_quad(__m512i ab, __m512i cd) {
+  return _mm512_add_epi32(_mm512_shuffle_i64x2(ab, cd, 0x88), _mm512_shuffle_i64x2(ab, cd, 0xDD));
+}
+
+// [a: 4 | b: 4 | c: 4 | d: 4] -> [a: 2 | b: 2 | c: 2 | d: 2].
+inline __m256i fold_halves(__m512i abcd) {
+  const __m512i sums = _mm512_add_epi32(abcd, _mm512_shuffle_epi32(abcd, _MM_PERM_BADC));
+  return _mm512_castsi512_si256(_mm512_permutexvar_epi64(_mm512_set_epi64(0, 0, 0, 0, 6, 4, 2, 0), sums));
+}
+
+// [a: 2 | b: 2 | c: 2 | d: 2] -> [a | b | c | d].
+inline __m128i fold_last(__m256i abcd) {
+  return _mm256_cvtepi64_epi32(_mm256_add_epi32(abcd, _mm256_srli_epi64(abcd, 32)));
+}
+
+// Sums of u8 weights (w + 128) times activations become output values of rows row .. row + count - 1 (count <= kRows).
+inline void store_rows(const PlanesView& w, const ActivationsView& x, const OutputView& y, int64_t token, int64_t row,
+                       int count, __m128i sums) {
+  const __mmask8 mask = static_cast<__mmask8>((1 << count) - 1);
+  const __m128i acc =
+      _mm_sub_epi32(sums, _mm_set1_epi32(static_cast<int32_t>(static_cast<uint32_t>(x.sum[token]) * 128)));
+  const __m128 alpha = _mm_set1_ps(x.scale[token] * w.level_scale);
+  const __m128 scale = _mm_mul_ps(_mm_maskz_loadu_ps(mask, w.row_scale + row), alpha);
+  __m128 out = _mm_mul_ps(_mm_cvtepi32_ps(acc), scale);
+  if (w.bias != nullptr) out = _mm_add_ps(out, _mm_maskz_loadu_ps(mask, w.bias + row));
+  const int64_t at = token * w.rows + row;
+  if (y.residual != nullptr) out = _mm_add_ps(_mm_maskz_loadu_ps(mask, y.residual + at), out);
+  _mm_mask_storeu_ps(y.out + at, mask, out);
+}
+
+}  // namespace taper::avx512
