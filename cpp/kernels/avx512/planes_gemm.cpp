@@ -37,20 +37,19 @@ void multiply(const PlanesView& w, const ActivationsView& x, const OutputView& y
   const uint8_t* rows[kRows];
   for (int i = 0; i < kRows; ++i) rows[i] = tile.weights + (r + std::min(i, count - 1)) * w.cols;
   const int8_t* q = x.q + token * w.cols;
-  __m512i acc[kCount][kRows];
-  for (auto& sums : acc) std::fill(sums, sums + kRows, _mm512_setzero_si512());
+  __m512i acc[kCount][kRows] = {};
   for (int64_t c = 0; c < w.cols; c += 64) {
     __m512i u[kRows];
-    for (int i = 0; i < kRows; ++i) u[i] = _mm512_load_si512(rows[i] + c);
-    for (int t = 0; t < kCount; ++t) {
+    unroll<kRows>([&](auto i) TAPER_INLINE { u[i] = _mm512_load_si512(rows[i] + c); });
+    unroll<kCount>([&](auto t) TAPER_INLINE {
       const __m512i values = _mm512_loadu_si512(q + t * w.cols + c);
-      for (int i = 0; i < kRows; ++i) acc[t][i] = _mm512_dpbusd_epi32(acc[t][i], u[i], values);
-    }
+      unroll<kRows>([&](auto i) TAPER_INLINE { acc[t][i] = _mm512_dpbusd_epi32(acc[t][i], u[i], values); });
+    });
   }
-  for (int t = 0; t < kCount; ++t) {
+  unroll<kCount>([&](auto t) TAPER_INLINE {
     const __m512i quad = fold_quad(fold_pair(acc[t][0], acc[t][1]), fold_pair(acc[t][2], acc[t][3]));
     store_rows(w, x, y, token + t, tile.row + r, count, fold_last(fold_halves(quad)));
-  }
+  });
 }
 
 void multiply_tile(const PlanesView& w, const ActivationsView& x, const OutputView& y, const Tile& tile) {

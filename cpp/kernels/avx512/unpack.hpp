@@ -12,6 +12,8 @@
 #include <array>
 #include <cstdint>
 
+#include "kernels/common/unroll.hpp"
+
 namespace taper::avx512 {
 
 inline constexpr int kGroups = 8;       // bits of a byte: groups of columns in a block
@@ -144,8 +146,8 @@ inline __m512i PlaneLookup<kBits>::find_wide(__m512i index) const {
 // Index = (high nibble, low nibble) of each group.
 template <int kBits>
 template <class Use>
-inline void PlaneLookup<kBits>::spread_bytes(const Nibbles& high, const Nibbles& low, Use use) const {
-  auto both = [&](int group, __m512i h, __m512i l) {
+TAPER_INLINE inline void PlaneLookup<kBits>::spread_bytes(const Nibbles& high, const Nibbles& low, Use use) const {
+  auto both = [&](int group, __m512i h, __m512i l) TAPER_INLINE {
     use(group, find_wide(select(0x0F, l, left<4>(h))));
     use(group + 4, find_wide(select(0x0F, right<4>(l), h)));
   };
@@ -157,18 +159,18 @@ inline void PlaneLookup<kBits>::spread_bytes(const Nibbles& high, const Nibbles&
 
 template <int kBits>
 template <class Use>
-inline __attribute__((always_inline)) void PlaneLookup<kBits>::operator()(const __m512i* p, Use use) const {
+TAPER_INLINE inline void PlaneLookup<kBits>::operator()(const __m512i* p, Use use) const {
   if constexpr (kBits == 1) {
-    for (int g = 0; g < 6; ++g) use(g, find(g, p[0]));
+    unroll<6>([&](auto g) TAPER_INLINE { use(g, find(g, p[0])); });
     const __m512i top = right<2>(p[0]);
     use(6, find(4, top));
     use(7, find(5, top));
   } else if constexpr (kBits == 2) {
     const Pairs a = make_pairs(p[0], p[1]);
-    for (int field = 0; field < 3; ++field) {
+    unroll<3>([&](auto field) TAPER_INLINE {
       use(2 * field, find(field, a.even));
       use(2 * field + 1, find(field, a.odd));
-    }
+    });
     use(6, find(2, right<2>(a.even)));
     use(7, find(2, right<2>(a.odd)));
   } else if constexpr (kBits == 3) {
