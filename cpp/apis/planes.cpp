@@ -1,0 +1,99 @@
+#include "apis/planes.hpp"
+
+#include <algorithm>
+#include <utility>
+
+#include "apis/check.hpp"
+#include "heuristics/plan.hpp"
+#include "runtime/dispatch.hpp"
+#include "runtime/thread_pool.hpp"
+
+namespace taper {
+namespace {
+
+void check_levels(const PlanesParts& parts) {
+  require(!parts.values.empty(), "a planed matrix needs the values of at least one width");
+  int expected = parts.values.begin()->first;
+  require(expected >= 1, "values are for ", expected, " bits, the least width is 1");
+  for (const auto& [bits, values] : parts.values) {
+    require(bits == expected, "values skip ", expected, " bits, the widths must be consecutive");
+    require(bits <= kMaxBits, "values are for ", bits, " bits, the largest width is ", kMaxBits);
+    require(static_cast<int64_t>(values.size()) == int64_t{1} << bits, "values of ", bits, " bits have ", values.size(),
+            " entries, expected ", 1 << bits);
+    require(parts.level_scales.count(bits) == 1, "level_scales lacks ", bits, " bits");
+    ++expected;
+  }
+  require(parts.level_scales.size() == parts.values.size(), "level_scales has ", parts.level_scales.size(),
+          " widths, values have ", parts.values.size());
+}
+
+void check_parts(const PlanesParts& parts) {
+  check_levels(parts);
+  const int min_bits = parts.values.begin()->first, max_bits = parts.values.rbegin()->first;
+  const int num_planes = static_cast<int>(parts.planes.size());
+  require(num_planes >= min_bits && num_planes <= max_bits, "a matrix with values for ", min_bits, "..", max_bits,
+          " bits has ", num_planes, " planes");
+  require(parts.rows >= 1, "a matrix has ", parts.rows, " rows, expected at least 1");
+  require(parts.in_features >= 1, "in_features is ", parts.in_features, ", expected at least 1");
+  require(parts.num_scale_rows == 1 || parts.num_scale_rows == static_cast<int64_t>(parts.values.size()),
+          "row_scales has ", parts.num_scale_rows, " rows, expected 1 or one for each of ", parts.values.size(),
+          " widths");
+}
+
+}  // namespace
+
+PlanedMatrix::PlanedMatrix(PlanesParts parts) : parts_(std::move(parts)) {
+  check_parts(parts_);
+  cols_ = padded_cols(parts_.in_features);
+  min_bits_ = parts_.values.begin()->first;
+  tables_.resize(parts_.values.size());
+  for (const auto& [bits, values] : parts_.values) {
+    std::copy(values.begin(), values.end(), tables_[bits - min_bits_].values.begin());
+  }
+}
+
+PlanesView PlanedMatrix::view(int bits) const {
+  require(bits >= min_bits_ && bits <= max_bits(), "bits ", bits, " is outside this matrix's ", min_bits_, "..",
+          max_bits());
+  const int64_t level = bits - min_bits_;
+  const float* row_scale = parts_.row_scales + (parts_.num_scale_rows == 1 ? 0 : level * parts_.rows);
+  return {parts_.planes.data(),         parts_.rows, cols_, bits, tables_[level].values.data(), row_scale,
+          parts_.level_scales.at(bits), parts_.bias};
+}
+
+void PlanedMatrix::matmul(const Activations& activations, int bits, const float* residual, float* out) const {
+  const PlanesView weights = view(bits);
+  require(activations.cols() == cols_, "activations have ", activations.cols(), " columns, the matrix has ", cols_);
+  const MatmulPlan plan = plan_matmul(weights.rows, cols_, bits, activations.tokens(), num_threads());
+  const auto kernel = plan.gemm ? kernels().planes_gemm : kernels().planes_gemv;
+  const ActivationsView inputs = activations.view();
+  const OutputView output{out, residual};
+  parallel_for(weights.rows, plan.rows.chunk, plan.rows.threads,
+               [&](int64_t begin, int64_t end) { kernel(weights, inputs, output, begin, end); });
+}
+
+void PlanedMatrix::read_rows(const int64_t* indices, int64_t count, int bits, float* out) const {
+  const PlanesView weights = view(bits);
+  for (int64_t i = 0; i < count; ++i) {
+    require(indices[i] >= 0 && indices[i] < weights.rows, "row ", indices[i], " is outside the matrix's ", weights.rows,
+            " rows");
+  }
+  const Kernels& table = kernels();
+  const Plan plan = plan_items(count, cols_ * bits, num_threads());
+  parallel_for(count, plan.chunk, plan.threads, [&](int64_t begin, int64_t end) {
+    std::vector<int8_t> values(cols_);
+    for (int64_t i = begin; i < end; ++i) {
+      table.planes_unpack(weights, indices[i], values.data());
+      const float factor = weights.row_scale[indices[i]] * weights.level_scale;
+      float* row = out + i * parts_.in_features;
+      for (int64_t j = 0; j < parts_.in_features; ++j) row[j] = static_cast<float>(values[j]) * factor;
+    }
+  });
+}
+
+int64_t PlanedMatrix::bytes_read(int bits) const {
+  const PlanesView weights = view(bits);
+  return weights.rows * (bits * cols_ / 8 + static_cast<int64_t>(sizeof(float)));
+}
+
+}  // namespace taper

@@ -1,0 +1,74 @@
+// Linear layers over bit planes.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <vector>
+
+#include "apis/activations.hpp"
+#include "taper/kernels.hpp"
+
+namespace taper {
+
+constexpr int kMaxBits = 8;
+constexpr int64_t kColumnAlignment = 64;
+
+inline int64_t padded_cols(int64_t features) {
+  return (features + kColumnAlignment - 1) / kColumnAlignment * kColumnAlignment;
+}
+
+// What a matrix is made of. The arrays belong to the caller and outlive the matrix.
+struct PlanesParts {
+  std::vector<const uint8_t*> planes;  // each (rows, cols / 8)
+  int64_t rows = 0;
+  int64_t in_features = 0;
+  std::map<int, std::vector<int8_t>> values;  // bits -> 2^bits values
+  std::map<int, float> level_scales;          // the same keys
+  const float* row_scales = nullptr;          // (num_scale_rows, rows)
+  int64_t num_scale_rows = 0;
+  const float* bias = nullptr;  // (rows) or null
+};
+
+// A weight matrix that is read at any width from min_bits() to max_bits().
+class PlanedMatrix {
+ public:
+  // Throws std::invalid_argument for parts that contradict each other.
+  explicit PlanedMatrix(PlanesParts parts);
+
+  int64_t rows() const { return parts_.rows; }
+  int64_t cols() const { return cols_; }
+  int64_t in_features() const { return parts_.in_features; }
+  int min_bits() const { return min_bits_; }
+  int max_bits() const { return static_cast<int>(parts_.planes.size()); }
+
+  // out (tokens, rows) = activations times the matrix at `bits`, plus bias, plus residual (or null).
+  void matmul(const Activations& activations, int bits, const float* residual, float* out) const;
+
+  // out (count, in_features): dequantised rows, still rotated.
+  void read_rows(const int64_t* indices, int64_t count, int bits, float* out) const;
+
+  // Bytes that one pass at `bits` reads: planes and row scales.
+  int64_t bytes_read(int bits) const;
+
+ private:
+  PlanesView view(int bits) const;
+
+  struct alignas(64) Table {
+    std::array<int8_t, 256> values{};  // zero past 2^bits, so a kernel may load whole registers
+  };
+
+  PlanesParts parts_;
+  int64_t cols_;
+  int min_bits_;
+  std::vector<Table> tables_;  // by bits - min_bits
+};
+
+// Cuts codes (rows, in_features) of `parent_bits` into planes[p] (rows, padded_cols / 8), most significant first.
+void pack_planes(const uint8_t* codes, int64_t rows, int64_t in_features, int parent_bits, uint8_t* const* planes);
+
+// The first `bits` bits of every code: the inverse of pack_planes for as many planes as are given.
+void unpack_codes(const uint8_t* const* planes, int bits, int64_t rows, int64_t in_features, uint8_t* codes);
+
+}  // namespace taper

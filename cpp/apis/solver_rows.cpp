@@ -1,0 +1,313 @@
+// The arithmetic of the nested solver for a group of rows. Every element is computed in one fixed order with separate
+// multiplications and additions, so instruction sets and thread counts give the same codes.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "taper/solver.hpp"
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define TAPER_CLONES __attribute__((target_clones("default", "avx2", "avx512f")))
+#else
+#define TAPER_CLONES
+#endif
+
+namespace taper {
+namespace {
+
+constexpr int kMaxLevels = 8;
+constexpr int64_t kGroup = 8;    // rows solved together, so that a block of the factor is read once for all of them
+constexpr int64_t kBlock = 128;  // columns between two updates of all columns to the right (GPTQ's lazy batches)
+constexpr int64_t kTile = 32;    // columns of a product kept in registers
+constexpr int64_t kTileRows = 4;
+
+// out (m, n) += a (m, k) b (k, n); the terms of an element are summed in rising k.
+TAPER_CLONES void add_product(float* out, int64_t out_stride, const float* a, int64_t a_stride, const float* b,
+                              int64_t b_stride, int64_t m, int64_t k, int64_t n) {
+  for (int64_t c = 0; c < n; c += kTile) {
+    const int64_t width = std::min(kTile, n - c);
+    for (int64_t r = 0; r < m; r += kTileRows) {
+      const int64_t height = std::min(kTileRows, m - r);
+      float sums[kTileRows][kTile] = {};
+      for (int64_t i = 0; i < height; ++i)
+        std::memcpy(sums[i], out + (r + i) * out_stride + c, static_cast<size_t>(width) * sizeof(float));
+      float row[kTile] = {};
+      for (int64_t t = 0; t < k; ++t) {
+        const float* source = b + t * b_stride + c;
+        if (width < kTile) {
+          std::memcpy(row, source, static_cast<size_t>(width) * sizeof(float));
+          source = row;
+        }
+        for (int64_t i = 0; i < kTileRows; ++i) {
+          const float factor = i < height ? a[(r + i) * a_stride + t] : 0.0f;
+          for (int64_t j = 0; j < kTile; ++j) sums[i][j] += factor * source[j];
+        }
+      }
+      for (int64_t i = 0; i < height; ++i)
+        std::memcpy(out + (r + i) * out_stride + c, sums[i], static_cast<size_t>(width) * sizeof(float));
+    }
+  }
+}
+
+// y (n) += factor * x (n).
+TAPER_CLONES void add_scaled(float* y, const float* x, float factor, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) y[i] += factor * x[i];
+}
+
+// Nearest float16, as a float; ties to even.
+float round_to_half(float x) {
+  if (std::fabs(x) < 6.103515625e-5f) return std::rint(x * 16777216.0f) * (1.0f / 16777216.0f);  // subnormal: 2^-24
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  bits += 0xfffu + ((bits >> 13) & 1u);
+  bits &= ~0x1fffu;
+  std::memcpy(&x, &bits, sizeof bits);
+  return x;
+}
+
+// Finds the leaf with the least weighted sum of squared errors over its path: depth first, nearer child first, cut
+// where the sum so far reaches the best (all terms are non-negative, so the answer is exact).
+class Tree {
+ public:
+  Tree(const SolverProblem& p) : min_bits_(p.min_bits), levels_(p.max_bits - p.min_bits + 1) {
+    const float* values = p.values;
+    for (int l = 0; l < levels_; ++l) {
+      values_[l] = values;
+      values += int64_t{1} << (p.min_bits + l);
+    }
+  }
+
+  int levels() const { return levels_; }
+  float value(int level, int leaf) const { return values_[level][leaf >> (levels_ - 1 - level)]; }
+
+  int nearest(const float* targets, const float* weights) {
+    targets_ = targets;
+    weights_ = weights;
+    best_ = std::numeric_limits<float>::infinity();
+    leaf_ = 0;
+    const int roots = 1 << min_bits_;
+    int first = 0;
+    float least = cost(0, 0);
+    for (int code = 1; code < roots; ++code) {
+      const float c = cost(0, code);
+      if (c < least) least = c, first = code;
+    }
+    descend(0, first, least);
+    for (int code = 0; code < roots; ++code)
+      if (code != first) descend(0, code, cost(0, code));
+    return leaf_;
+  }
+
+ private:
+  float cost(int level, int code) const {
+    const float d = targets_[level] - values_[level][code];
+    return weights_[level] * d * d;
+  }
+
+  void descend(int level, int code, float sum) {
+    if (!(sum < best_)) return;
+    if (level == levels_ - 1) {
+      best_ = sum;
+      leaf_ = code;
+      return;
+    }
+    const int left = 2 * code, right = left + 1;
+    const float left_sum = sum + cost(level + 1, left), right_sum = sum + cost(level + 1, right);
+    const bool left_first = left_sum <= right_sum;
+    descend(level + 1, left_first ? left : right, left_first ? left_sum : right_sum);
+    descend(level + 1, left_first ? right : left, left_first ? right_sum : left_sum);
+  }
+
+  int min_bits_;
+  int levels_;
+  const float* values_[kMaxLevels] = {};
+  const float* targets_ = nullptr;
+  const float* weights_ = nullptr;
+  float best_ = 0.0f;
+  int leaf_ = 0;
+};
+
+// One group of rows; line level * rows + row of the work arrays belongs to one row at one width.
+class Group {
+ public:
+  Group(const SolverProblem& p, const SolverResult& result, int64_t begin, int64_t rows)
+      : p_(p),
+        result_(result),
+        tree_(p),
+        begin_(begin),
+        rows_(rows),
+        levels_(tree_.levels()),
+        lines_(levels_ * rows),
+        values_(static_cast<size_t>(lines_ * p.cols)) {}
+
+  void solve() {
+    sweep();
+    products();
+    for (int pass = 0; pass < p_.passes; ++pass) {
+      if (p_.refit_scales) refit();
+      descend();
+    }
+    if (p_.refit_scales) refit();
+    finish();
+  }
+
+ private:
+  float& scale(int level, int64_t row) { return result_.scales[level * p_.rows + begin_ + row]; }
+  uint8_t& code(int64_t row, int64_t col) { return result_.codes[(begin_ + row) * p_.cols + col]; }
+  float* line(std::vector<float>& array, int level, int64_t row) {
+    return array.data() + (level * rows_ + row) * p_.cols;
+  }
+
+  // The leaf for targets[level], in the units of the weights.
+  int choose(int64_t row, const float* targets) {
+    float normal[kMaxLevels], weights[kMaxLevels];
+    for (int l = 0; l < levels_; ++l) {
+      const float s = scale(l, row);
+      normal[l] = s > 0.0f ? targets[l] / s : 0.0f;
+      weights[l] = p_.importance[l] * s * s;
+    }
+    return tree_.nearest(normal, weights);
+  }
+
+  // GPTQ (arXiv 2210.17323, algorithm 1) with one compensated copy of the remaining columns per width.
+  void sweep() {
+    std::vector<float> work(values_.size());
+    std::vector<float> errors(static_cast<size_t>(lines_ * kBlock));
+    for (int l = 0; l < levels_; ++l)
+      std::memcpy(line(work, l, 0), p_.weights + begin_ * p_.cols,
+                  static_cast<size_t>(rows_ * p_.cols) * sizeof(float));
+    for (int64_t c0 = 0; c0 < p_.cols; c0 += kBlock) {
+      const int64_t c1 = std::min(c0 + kBlock, p_.cols);
+      for (int64_t c = c0; c < c1; ++c)
+        for (int64_t r = 0; r < rows_; ++r) sweep_one(work, errors, r, c, c0, c1);
+      add_product(work.data() + c1, p_.cols, errors.data(), kBlock, p_.factor + c0 * p_.cols + c1, p_.cols, lines_,
+                  c1 - c0, p_.cols - c1);
+    }
+  }
+
+  void sweep_one(std::vector<float>& work, std::vector<float>& errors, int64_t r, int64_t c, int64_t c0, int64_t c1) {
+    float targets[kMaxLevels];
+    for (int l = 0; l < levels_; ++l) targets[l] = line(work, l, r)[c];
+    const int leaf = choose(r, targets);
+    code(r, c) = static_cast<uint8_t>(leaf);
+    const float* factor = p_.factor + c * p_.cols;
+    for (int l = 0; l < levels_; ++l) {
+      const float value = scale(l, r) * tree_.value(l, leaf);
+      line(values_, l, r)[c] = value;
+      const float error = (value - targets[l]) / factor[c];  // minus GPTQ's error: add_product adds
+      errors[static_cast<size_t>((l * rows_ + r) * kBlock + c - c0)] = error;
+      add_scaled(line(work, l, r) + c + 1, factor + c + 1, error, c1 - c - 1);
+    }
+  }
+
+  // weighted_ = W H, gradient_ = (W - Q) H.
+  void products() {
+    weighted_.assign(static_cast<size_t>(rows_ * p_.cols), 0.0f);
+    gradient_.assign(values_.size(), 0.0f);
+    add_all(weighted_, p_.weights + begin_ * p_.cols, rows_);
+    add_all(gradient_, values_.data(), lines_);
+    for (int l = 0; l < levels_; ++l)
+      for (int64_t r = 0; r < rows_; ++r) {
+        float* g = line(gradient_, l, r);
+        const float* w = weighted_.data() + r * p_.cols;
+        for (int64_t c = 0; c < p_.cols; ++c) g[c] = w[c] - g[c];
+      }
+  }
+
+  void add_all(std::vector<float>& out, const float* a, int64_t m) {
+    for (int64_t c = 0; c < p_.cols; c += kBlock)
+      add_product(out.data(), p_.cols, a + c, p_.cols, p_.hessian + c * p_.cols, p_.cols, m,
+                  std::min(kBlock, p_.cols - c), p_.cols);
+  }
+
+  // One pass of coordinate descent over sum_l importance_l (w - q_l) H (w - q_l)^T.
+  void descend() {
+    std::vector<float> moves(static_cast<size_t>(lines_ * kBlock));
+    for (int64_t c0 = 0; c0 < p_.cols; c0 += kBlock) {
+      const int64_t c1 = std::min(c0 + kBlock, p_.cols);
+      std::fill(moves.begin(), moves.end(), 0.0f);
+      for (int64_t c = c0; c < c1; ++c)
+        for (int64_t r = 0; r < rows_; ++r) descend_one(moves, r, c, c0, c1);
+      const float* hessian = p_.hessian + c0 * p_.cols;
+      add_product(gradient_.data(), p_.cols, moves.data(), kBlock, hessian, p_.cols, lines_, c1 - c0, c0);
+      add_product(gradient_.data() + c1, p_.cols, moves.data(), kBlock, hessian + c1, p_.cols, lines_, c1 - c0,
+                  p_.cols - c1);
+    }
+  }
+
+  void descend_one(std::vector<float>& moves, int64_t r, int64_t c, int64_t c0, int64_t c1) {
+    const float* hessian = p_.hessian + c * p_.cols;
+    float targets[kMaxLevels];
+    for (int l = 0; l < levels_; ++l) targets[l] = line(values_, l, r)[c] + line(gradient_, l, r)[c] / hessian[c];
+    const int leaf = choose(r, targets);
+    if (leaf == code(r, c)) return;
+    code(r, c) = static_cast<uint8_t>(leaf);
+    for (int l = 0; l < levels_; ++l) {
+      float& value = line(values_, l, r)[c];
+      const float next = scale(l, r) * tree_.value(l, leaf);
+      const float move = value - next;
+      if (move == 0.0f) continue;
+      value = next;
+      moves[static_cast<size_t>((l * rows_ + r) * kBlock + c - c0)] = move;
+      add_scaled(line(gradient_, l, r) + c0, hessian + c0, move, c1 - c0);
+    }
+  }
+
+  // The scale of least error for the present codes: s = (w H v) / (v H v), v the values at scale 1.
+  void refit() {
+    for (int l = 0; l < levels_; ++l)
+      for (int64_t r = 0; r < rows_; ++r) {
+        float* g = line(gradient_, l, r);
+        float* q = line(values_, l, r);
+        const float* w = weighted_.data() + r * p_.cols;
+        double cross = 0.0, square = 0.0;
+        for (int64_t c = 0; c < p_.cols; ++c) {
+          cross += static_cast<double>(w[c]) * q[c];
+          square += (static_cast<double>(w[c]) - g[c]) * q[c];
+        }
+        if (!(cross > 0.0 && square > 0.0)) continue;
+        const float before = scale(l, r);
+        const float after = round_to_half(static_cast<float>(before * (cross / square)));
+        if (!(after > 0.0f)) continue;
+        scale(l, r) = after;
+        const float ratio = after / before;
+        for (int64_t c = 0; c < p_.cols; ++c) {
+          g[c] = w[c] - ratio * (w[c] - g[c]);
+          q[c] *= ratio;
+        }
+      }
+  }
+
+  void finish() {
+    for (int l = 0; l < levels_; ++l)
+      for (int64_t r = 0; r < rows_; ++r) {
+        const float* w = p_.weights + (begin_ + r) * p_.cols;
+        const float* q = line(values_, l, r);
+        const float* g = line(gradient_, l, r);
+        double error = 0.0;
+        for (int64_t c = 0; c < p_.cols; ++c) error += (static_cast<double>(w[c]) - q[c]) * g[c];
+        result_.errors[l * p_.rows + begin_ + r] = static_cast<float>(error);
+      }
+  }
+
+  const SolverProblem& p_;
+  const SolverResult& result_;
+  Tree tree_;
+  int64_t begin_;
+  int64_t rows_;
+  int levels_;
+  int64_t lines_;
+  std::vector<float> values_;    // dequantised, (levels * rows, cols)
+  std::vector<float> weighted_;  // W H, (rows, cols)
+  std::vector<float> gradient_;  // (W - Q) H, (levels * rows, cols)
+};
+
+}  // namespace
+
+void solve_rows(const SolverProblem& problem, const SolverResult& result, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; row += kGroup) Group(problem, result, row, std::min(kGroup, end - row)).solve();
+}
+
+}  // namespace taper

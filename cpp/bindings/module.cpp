@@ -1,0 +1,10 @@
+#include "bindings/bindings.hpp"
+
+NB_MODULE(_native, m) {
+  m.doc() = "Taper's native library; taper.kernels is its face.";
+  taper::bind_runtime(m);
+  taper::bind_activations(m);
+  taper::bind_planes(m);
+  taper::bind_rows(m);
+  taper::bind_attention(m);
+}

@@ -1,0 +1,23 @@
+// Which kernel and how many threads for a shape.
+#pragma once
+
+#include <cstdint>
+
+namespace taper {
+
+struct Plan {
+  int threads;
+  int64_t chunk;  // elements of the split range that a thread takes at a time
+};
+
+struct MatmulPlan {
+  bool gemm;  // unpack a tile of rows once for all tokens
+  Plan rows;
+};
+
+MatmulPlan plan_matmul(int64_t rows, int64_t cols, int bits, int64_t tokens, int max_threads);
+
+// `items` pieces of work of about `operations_each` scalar operations.
+Plan plan_items(int64_t items, int64_t operations_each, int max_threads);
+
+}  // namespace taper

@@ -1,0 +1,14 @@
+#include "kernels/reference/reference.hpp"
+
+namespace taper {
+
+const Kernels* reference_kernels() {
+  static constexpr Kernels table = {
+      "reference",         reference::planes_gemv, reference::planes_gemm, reference::planes_unpack,
+      reference::rms_norm, reference::rotate,      reference::quantize,    reference::swiglu,
+      reference::exp,      reference::rope_store,  reference::attention,
+  };
+  return &table;
+}
+
+}  // namespace taper

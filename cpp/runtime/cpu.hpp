@@ -1,0 +1,9 @@
+// What this processor and operating system can run.
+#pragma once
+
+namespace taper {
+
+bool cpu_has_avx2();    // AVX2, FMA, F16C, BMI2, and an OS that keeps the ymm registers
+bool cpu_has_avx512();  // F, BW, VL, DQ, VBMI, VBMI2, VNNI, GFNI, and an OS that keeps the zmm registers
+
+}  // namespace taper

@@ -1,0 +1,57 @@
+"""Bit planes (docs/format.md, "A plane"): matrices that are read at any width, packing, unpacking."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from taper.kernels import _native
+
+# Native classes, used directly: a Python shell around them would cost a call per layer and add nothing.
+#
+# Planes(planes, values, level_scales, row_scales, bias, in_features): a weight matrix. planes: uint8
+# (N, cols / 8) each, most significant first, kept alive, read-only memory maps welcome. values: bits -> int8
+# (2**bits,) for consecutive widths; widths above len(planes) may be there (a truncated file) and cannot be
+# read. row_scales: float32, (1, N) or one row per width in `values`. bias: float32 (N,) or None. Raises
+# TypeError or ValueError for anything else.
+#
+# Activations(q, scale, sum): int8 rows (T, cols) with a scale and a sum each; copies what it is given.
+Planes = _native.Planes
+Activations = _native.Activations
+
+
+def pack_planes(codes: NDArray[np.uint8], parent_bits: int) -> list[NDArray[np.uint8]]:
+    """Cut codes (N, K) into `parent_bits` planes (N, padded_cols(K) / 8), most significant first.
+
+    Raises:
+        TypeError: codes are not uint8.
+        ValueError: a code does not fit `parent_bits`, or `parent_bits` is outside 1..8.
+    """
+    return _native.pack_planes(codes, parent_bits)
+
+
+def unpack_codes(planes: Sequence[NDArray[np.uint8]], bits: int, in_features: int) -> NDArray[np.uint8]:
+    """The first `bits` bits of every code, (N, in_features); planes past `bits` are not read.
+
+    Raises:
+        ValueError: fewer than `bits` planes, or a plane of another shape.
+    """
+    return _native.unpack_codes(planes, bits, in_features)
+
+
+def padded_cols(features: int) -> int:
+    """Columns that `features` take up in a plane: the next multiple of 64."""
+    return _native.padded_cols(features)
+
+
+def hadamard_block(features: int) -> int:
+    """Width of a rotation block: the largest power of two that divides `features`.
+
+    Raises:
+        ValueError: `features` is not positive.
+    """
+    if features < 1:
+        raise ValueError(f"features is {features}, expected at least 1")
+    return features & -features
