@@ -1,6 +1,5 @@
 // Matrix times many tokens: a tile of rows is unpacked once, then multiplied from cache in blocks of 4 rows x 6 tokens.
-#include <memory>
-
+#include "kernels/common/scratch.hpp"
 #include "rows.hpp"
 #include "unpack_row.hpp"
 
@@ -9,20 +8,6 @@ namespace {
 
 constexpr int kTokens = 6;             // 24 sums, 4 rows of weights and a row of activations fit in 32 registers
 constexpr int64_t kTileBytes = 32768;  // leaves a third of a 48 KiB L1 for the activations
-
-// 64-byte aligned scratch of the calling thread, kept between calls.
-uint8_t* scratch(size_t bytes) {
-  struct Free {
-    void operator()(uint8_t* p) const { std::free(p); }
-  };
-  thread_local std::unique_ptr<uint8_t, Free> buffer;
-  thread_local size_t capacity = 0;
-  if (bytes > capacity) {
-    buffer.reset(static_cast<uint8_t*>(std::aligned_alloc(64, bytes)));
-    capacity = bytes;
-  }
-  return buffer.get();
-}
 
 struct Tile {
   const uint8_t* weights;  // (rows, cols)
@@ -83,7 +68,7 @@ void multiply_tile(const PlanesView& w, const ActivationsView& x, const OutputVi
 void planes_gemm(const PlanesView& w, const ActivationsView& x, const OutputView& y, int64_t row_begin,
                  int64_t row_end) {
   const int64_t rows = std::max<int64_t>(kRows, kTileBytes / w.cols / kRows * kRows);
-  uint8_t* weights = scratch(static_cast<size_t>(rows * w.cols));
+  uint8_t* weights = scratch(rows * w.cols);
   with_bits(w.bits, [&]<int kBits>() {
     const PlaneLookup<kBits> lookup(w.table, kSignFlip);
     for (int64_t row = row_begin; row < row_end; row += rows) {

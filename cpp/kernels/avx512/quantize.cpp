@@ -1,16 +1,15 @@
 // A row of floats to int8 with one power-of-two scale (docs/numerics.md, "Activations").
 #include <immintrin.h>
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 
+#include "kernels/common/exponent.hpp"
+
 namespace taper::avx512 {
 namespace {
-
-constexpr int kLeastExponent = -100;
 
 __mmask16 lanes(int64_t n) { return n >= 16 ? 0xFFFF : static_cast<__mmask16>((1 << n) - 1); }
 
@@ -26,15 +25,6 @@ float max_magnitude(const float* x, int64_t n) {
   float a;
   std::memcpy(&a, &bits, sizeof a);
   return a;
-}
-
-// Least e >= kLeastExponent with rint(a * 2^-e) <= 2^bits - 1. With a = m * 2^k, 1/2 <= m < 1, the choice e = k - bits
-// gives a value below 2^bits, which rounding can still lift to 2^bits.
-int choose_exponent(float a, int magnitude_bits) {
-  int k;
-  const float m = std::frexp(a, &k);
-  const bool rounds_up = std::rint(std::ldexp(m, magnitude_bits)) >= std::ldexp(1.0f, magnitude_bits);
-  return std::max(kLeastExponent, k - magnitude_bits + (rounds_up ? 1 : 0));
 }
 
 }  // namespace
