@@ -1,0 +1,105 @@
+"""Keys and values of one sequence, in memory that the system hands out as it fills."""
+
+from __future__ import annotations
+
+import mmap
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from taper.errors import DoesNotFitError, UsageError
+
+KvArray = npt.NDArray[np.float16] | npt.NDArray[np.float32]
+
+
+class KvLayer(NamedTuple):
+    """One layer's keys (after RoPE) and values, each (kv_heads, capacity, head_dim)."""
+
+    keys: KvArray
+    values: KvArray
+
+
+class KvCache:
+    """A sequence's cache of fixed capacity.
+
+    All layers lie in one anonymous map: pages become resident when they are first written, so a large
+    capacity costs address space only. The map dies with the cache.
+
+    Args:
+        num_layers: layers of the model.
+        num_kv_heads: KV heads of a layer.
+        capacity: tokens that fit, at least 1.
+        head_dim: features of a head.
+        dtype: float16 or float32.
+
+    Raises:
+        UsageError: when the capacity is below 1.
+        DoesNotFitError: when the system refuses the address space.
+    """
+
+    def __init__(
+        self, num_layers: int, num_kv_heads: int, capacity: int, head_dim: int, dtype: npt.DTypeLike
+    ) -> None:
+        if capacity < 1:
+            raise UsageError(
+                f"a KV cache of {capacity} tokens holds nothing", hint="ask for at least 1 token"
+            )
+        self.capacity = capacity
+        self.token_bytes = 2 * num_layers * num_kv_heads * head_dim * np.dtype(dtype).itemsize
+        self._num_tokens = 0
+        arrays = _anonymous(capacity * self.token_bytes).view(dtype)
+        arrays = arrays.reshape(num_layers, 2, num_kv_heads, capacity, head_dim)
+        self.layers = tuple(KvLayer(layer[0], layer[1]) for layer in arrays)
+
+    @property
+    def num_tokens(self) -> int:
+        """Entries that are filled: the position of the next token."""
+        return self._num_tokens
+
+    @property
+    def bytes_used(self) -> int:
+        """Bytes that the filled entries take."""
+        return self._num_tokens * self.token_bytes
+
+    def bytes_read(self, num_tokens: int) -> int:
+        """Bytes that attention of one new token reads when it sees `num_tokens` entries."""
+        return num_tokens * self.token_bytes
+
+    def require(self, num_tokens: int) -> int:
+        """Number of entries after `num_tokens` more. Raises DoesNotFitError beyond the capacity."""
+        end = self._num_tokens + num_tokens
+        if end > self.capacity:
+            raise DoesNotFitError(
+                f"{num_tokens} tokens after {self._num_tokens} are {end}, the context holds {self.capacity}",
+                hint="shorten the prompt, generate fewer tokens, or ask for a larger context",
+            )
+        return end
+
+    def advance(self, num_tokens: int) -> None:
+        """Count `num_tokens` entries, written by now in every layer, as filled."""
+        self._num_tokens = self.require(num_tokens)
+
+    def truncate(self, num_tokens: int) -> None:
+        """Keep the first `num_tokens` entries, to replay or to drop rejected drafts.
+
+        Raises:
+            UsageError: when it is negative or beyond the filled entries.
+        """
+        if not 0 <= num_tokens <= self._num_tokens:
+            raise UsageError(
+                f"cannot truncate to {num_tokens} tokens: the cache holds {self._num_tokens}",
+                hint=f"choose 0..{self._num_tokens}",
+            )
+        self._num_tokens = num_tokens
+
+
+def _anonymous(num_bytes: int) -> npt.NDArray[np.uint8]:
+    try:
+        pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return np.frombuffer(pages, dtype=np.uint8)
+    except (OSError, ValueError, OverflowError) as error:
+        raise DoesNotFitError(
+            f"the KV cache needs {num_bytes} bytes, which the system refuses ({error})",
+            hint="ask for a smaller context",
+        ) from error
