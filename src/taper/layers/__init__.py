@@ -1,0 +1,1 @@
+"""Building blocks of a decoder over the native kernels: linear layers, embeddings, RoPE, attention."""

@@ -1,0 +1,38 @@
+"""Causal self-attention over a KV cache: RoPE, the cache write and the weighted sum."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from taper.kernels import attention, rope_store
+
+F32 = npt.NDArray[np.float32]
+KvArray = npt.NDArray[np.float16] | npt.NDArray[np.float32]
+
+
+class Attention:
+    """Multi-head, grouped-query and multi-query attention; the KV arrays' shapes say which.
+
+    Args:
+        num_heads: query heads, a multiple of the KV heads.
+        head_dim: features of a head; scores are divided by its square root.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int) -> None:
+        self._num_heads = num_heads
+        self._scale = float(np.float32(head_dim**-0.5))
+
+    def __call__(self, qkv: F32, keys: KvArray, values: KvArray, position: int, cos: F32, sin: F32) -> F32:
+        """Float32 (tokens, num_heads * head_dim): each token sees the entries up to its own.
+
+        Args:
+            qkv: (tokens, (num_heads + 2 kv_heads) * head_dim), queries, keys, values; overwritten.
+            keys: (kv_heads, capacity, head_dim), written at position .. position + tokens - 1.
+            values: as `keys`.
+            position: of the first token.
+            cos: (rows >= position + tokens, head_dim / 2).
+            sin: as `cos`.
+        """
+        rope_store(qkv, self._num_heads, keys, values, position, cos, sin)
+        return attention(qkv, self._num_heads, keys, values, position, self._scale)
