@@ -1,0 +1,158 @@
+"""The decoder: token ids and a KV cache in, logits out, at any width that the weights hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from taper.config import ModelConfig
+from taper.errors import DoesNotFitError, TaperError, UsageError
+from taper.formats.container import TaperFile
+from taper.formats.huggingface import HfCheckpoint
+from taper.kvcache import KvCache
+from taper.layers.rope import Rope, context_length
+from taper.models.block import Observer, Step
+from taper.models.families import family_of
+from taper.models.parts import Parts, float_parts, planed_parts
+
+F32 = npt.NDArray[np.float32]
+I32 = npt.NDArray[np.int32]
+Logits = Literal["last", "all", "none"]
+
+
+class Decoder:
+    """A decoder-only transformer over planes or over float32 weights.
+
+    Over planes, results are the same bytes however a sequence is split into `forward` calls and whatever the
+    number of threads (docs/numerics.md). It holds no state of a sequence; that is all in the cache.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        family_of(parts.config)
+        self.config: ModelConfig = parts.config
+        self.min_bits = parts.min_bits
+        self.max_bits = parts.max_bits
+        self.context_length = context_length(parts.config)
+        self._parts = parts
+        self._rope = Rope(parts.config)
+
+    @classmethod
+    def from_taper(cls, file: TaperFile) -> Decoder:
+        """Run an open `.taper` file; its planes stay in the memory map.
+
+        Raises:
+            UsageError: when the architecture or its position embedding is not supported.
+        """
+        return cls(planed_parts(file))
+
+    @classmethod
+    def from_hf(cls, checkpoint: HfCheckpoint) -> Decoder:
+        """Run a Hugging Face checkpoint in float32; `min_bits` and `max_bits` are 32.
+
+        Raises:
+            CorruptFileError: when a tensor has another shape than the configuration or values that are not
+                finite.
+            UsageError: when the architecture or its position embedding is not supported.
+        """
+        return cls(float_parts(checkpoint))
+
+    def new_cache(self, max_tokens: int) -> KvCache:
+        """An empty cache for a sequence of at most `max_tokens`.
+
+        Raises:
+            DoesNotFitError: when that is beyond the model's context length or the address space.
+        """
+        config = self.config
+        if max_tokens > self.context_length:
+            raise DoesNotFitError(
+                f"a context of {max_tokens} tokens is longer than the model's {self.context_length}",
+                hint=f"ask for at most {self.context_length}",
+            )
+        dtype = self._parts.kv_dtype
+        return KvCache(config.num_layers, config.num_kv_heads, max_tokens, config.head_dim, dtype)
+
+    def forward(
+        self,
+        tokens: I32 | Sequence[int],
+        cache: KvCache,
+        bits: int,
+        logits: Logits = "last",
+        observe: Observer | None = None,
+    ) -> F32 | None:
+        """Run tokens that follow the cache's entries; the cache then holds them too.
+
+        Args:
+            tokens: (tokens,) ids, at least one, each within the vocabulary.
+            cache: from `new_cache`; unchanged when an error is raised.
+            bits: planes to read in every matrix, min_bits..max_bits; the embedding look-up reads all of them.
+            logits: of which tokens: the last, all, or none of them.
+            observe: called as observe(name, x) for each matrix of each layer and, as `embed` or `head`, for
+                the matrix of the head, whatever `logits` says. x is float32 (tokens, in_features): exactly
+                the vector that the matrix of a file meets before its rotation. So it is normalised without
+                the gain before `qkv` and `gate_up`, whose columns carry the gain, and with the final norm's
+                gain before the head.
+
+        Returns:
+            Float32 (1 or tokens, vocab_size), or None for `logits="none"`.
+
+        Raises:
+            UsageError: for an empty input, a token outside the vocabulary, or bits outside the weights.
+            DoesNotFitError: when the tokens do not fit into the cache.
+            TaperError: when the result is not finite.
+        """
+        ids = self._checked_tokens(tokens)
+        self._check_request(bits, logits)
+        end = cache.require(len(ids))
+        cos, sin = self._rope.tables(end, cache.capacity)
+        step = Step(cache.num_tokens, cos, sin, bits, observe)
+        x = self._parts.embedding(ids)
+        for block, kv in zip(self._parts.blocks, cache.layers, strict=True):
+            x = block(x, kv, step)
+        if observe is not None:
+            observe(self._parts.head_name, self._parts.head.product_input(x))
+        out = None if logits == "none" else self._parts.head(x if logits == "all" else x[-1:], bits)
+        self._check_finite(x if out is None else out, step)
+        cache.advance(len(ids))
+        return out
+
+    def bytes_per_pass(self, bits: int) -> int:
+        """Bytes of weights that one decode step reads: layers and head at `bits`, one embedding row."""
+        self._check_request(bits, "last")
+        matrices = sum(block.bytes_read(bits) for block in self._parts.blocks) + self._parts.head.bytes_read(
+            bits
+        )
+        return matrices + self._parts.embedding.row_bytes()
+
+    def _checked_tokens(self, tokens: I32 | Sequence[int]) -> I32:
+        ids = np.asarray(tokens, dtype=np.int32)
+        if ids.ndim != 1 or ids.size == 0:
+            raise UsageError(
+                f"tokens have shape {ids.shape}: a row of at least one is needed", hint="give a prompt"
+            )
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.config.vocab_size:
+            raise UsageError(
+                f"token {low if low < 0 else high} is outside the vocabulary 0..{self.config.vocab_size - 1}",
+                hint="encode the text with this model's own tokenizer",
+            )
+        return ids
+
+    def _check_request(self, bits: int, logits: str) -> None:
+        if not self.min_bits <= bits <= self.max_bits:
+            raise UsageError(
+                f"{bits} bits are outside the model's {self.min_bits}..{self.max_bits}",
+                hint=f"choose bits within {self.min_bits}..{self.max_bits}",
+            )
+        if logits not in get_args(Logits):
+            raise UsageError(f"logits {logits!r} is none of {', '.join(get_args(Logits))}")
+
+    def _check_finite(self, result: F32, step: Step) -> None:
+        # A sum is finite only when every term is: one pass without a temporary the size of the logits.
+        if not np.isfinite(np.add.reduce(result, axis=None)):
+            raise TaperError(
+                f"the result after position {step.position} at {step.bits} bits is not finite",
+                hint="the weights are damaged or too large for float16 keys; try taper inspect --verify",
+            )

@@ -1,0 +1,116 @@
+"""The parts of a decoder, made from a `.taper` file (planes) or from a Hugging Face checkpoint (float32)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from taper.config import ModelConfig
+from taper.formats.container import TaperFile
+from taper.formats.huggingface import HfCheckpoint
+from taper.kernels import Planes
+from taper.layers.attention import Attention
+from taper.layers.embedding import Embedding, FloatEmbedding, PlanedEmbedding
+from taper.layers.linear import Before, FloatLinear, Linear, Norm, PlanedLinear, Rotation, Swiglu
+from taper.models.block import Block
+from taper.models.families import matrix_sources, read_final_norm, read_matrix
+
+F32 = npt.NDArray[np.float32]
+
+# What a float32 model answers when it is asked for its width.
+FLOAT_BITS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Everything that `Decoder` runs.
+
+    Attributes:
+        head_name: the matrix that makes the logits, `embed` where tied.
+        kv_dtype: float16 or float32, of the KV cache.
+    """
+
+    config: ModelConfig
+    embedding: Embedding
+    blocks: tuple[Block, ...]
+    head: Linear
+    head_name: str
+    kv_dtype: npt.DTypeLike
+    min_bits: int
+    max_bits: int
+
+
+def planed_parts(file: TaperFile) -> Parts:
+    """Parts over a file's planes, which stay in the memory map: nothing but the row scales is copied."""
+    config = file.config
+    matrices = {spec.name: _planes(file, spec.name) for spec in file.matrices}
+
+    def linear(name: str, before: Before) -> Linear:
+        return PlanedLinear(*matrices[name], before)
+
+    head_name = "embed" if config.tie_word_embeddings else "head"
+    return Parts(
+        config=config,
+        embedding=PlanedEmbedding(*matrices["embed"]),
+        blocks=_blocks(config, linear),
+        head=linear(head_name, Norm(config.rms_norm_eps, file.tensor("norm.final"))),
+        head_name=head_name,
+        kv_dtype=np.float16,
+        min_bits=file.min_bits,
+        max_bits=file.max_bits,
+    )
+
+
+def float_parts(checkpoint: HfCheckpoint) -> Parts:
+    """Parts with every matrix in float32, norm gains folded as in a file, and a float32 KV cache."""
+    config = checkpoint.config
+    sources = {source.name: source for source in matrix_sources(config)}
+    embed, _ = read_matrix(checkpoint, sources["embed"])
+
+    def linear(name: str, before: Before) -> Linear:
+        weight, bias = (embed, None) if name == "embed" else read_matrix(checkpoint, sources[name])
+        return FloatLinear(weight, bias, before)
+
+    head_name = "embed" if config.tie_word_embeddings else "head"
+    return Parts(
+        config=config,
+        embedding=FloatEmbedding(embed),
+        blocks=_blocks(config, linear),
+        head=linear(head_name, Norm(config.rms_norm_eps, read_final_norm(checkpoint))),
+        head_name=head_name,
+        kv_dtype=np.float32,
+        min_bits=FLOAT_BITS,
+        max_bits=FLOAT_BITS,
+    )
+
+
+def _blocks(config: ModelConfig, linear: Callable[[str, Before], Linear]) -> tuple[Block, ...]:
+    norm = Norm(config.rms_norm_eps)
+    attention = Attention(config.num_heads, config.head_dim)
+    return tuple(
+        Block(
+            name=name,
+            qkv=linear(f"{name}.qkv", norm),
+            o=linear(f"{name}.o", None),
+            gate_up=linear(f"{name}.gate_up", norm),
+            down=linear(f"{name}.down", Swiglu()),
+            attention=attention,
+        )
+        for name in (f"layers.{index}" for index in range(config.num_layers))
+    )
+
+
+def _planes(file: TaperFile, name: str) -> tuple[Planes, Rotation]:
+    matrix = file.matrix(name)
+    planes = Planes(
+        planes=list(matrix.planes),
+        values=file.codebook.values,
+        level_scales=file.codebook.level_scales,
+        row_scales=matrix.scales[: len(file.codebook.values)].astype(np.float32),
+        bias=matrix.bias,
+        in_features=matrix.spec.in_features,
+    )
+    return planes, Rotation(matrix.signs, matrix.block)

@@ -1,0 +1,1 @@
+"""Random models and tiny fixtures, shared by tests and benchmarks."""
