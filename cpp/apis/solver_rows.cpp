@@ -6,7 +6,7 @@
 #include <limits>
 #include <vector>
 
-#include "taper/solver.hpp"
+#include "apis/solver.hpp"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define TAPER_CLONES __attribute__((target_clones("default", "avx2", "avx512f")))

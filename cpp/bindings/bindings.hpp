@@ -10,5 +10,6 @@ void bind_activations(nanobind::module_& m);
 void bind_planes(nanobind::module_& m);
 void bind_rows(nanobind::module_& m);
 void bind_attention(nanobind::module_& m);
+void bind_solver(nanobind::module_& m);
 
 }  // namespace taper

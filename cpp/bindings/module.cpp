@@ -7,4 +7,5 @@ NB_MODULE(_native, m) {
   taper::bind_planes(m);
   taper::bind_rows(m);
   taper::bind_attention(m);
+  taper::bind_solver(m);
 }

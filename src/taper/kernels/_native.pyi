@@ -86,3 +86,15 @@ def rope_store(
 def attention(
     qkv: Float32, heads: int, keys: NDArray[Any], values: NDArray[Any], position: int, scale: float
 ) -> Float32: ...
+def solve_nested(
+    weights: Float32,
+    hessian: Float32,
+    factor: Float32,
+    values: Float32,
+    importance: Float32,
+    scales: Float32,
+    min_bits: int,
+    max_bits: int,
+    passes: int,
+    refit_scales: bool,
+) -> tuple[NDArray[np.uint8], Float32, Float32]: ...
