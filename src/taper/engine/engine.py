@@ -1,0 +1,248 @@
+"""The engine: requests in, tokens out, each at the bits its policy chose."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Generator, Iterator
+from numbers import Integral
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from taper.engine.completion import Completion, StepOutput, completion_of
+from taper.engine.model_runner import Model, ModelRunner
+from taper.engine.request import Request
+from taper.engine.sampler import Sampler, logit_features
+from taper.engine.sequence import Sequence
+from taper.engine.stop_strings import StopStrings
+from taper.errors import DoesNotFitError, UsageError
+from taper.precision import LogitFeatures, Phase, StepContext, describe_widths
+from taper.tokenizer import IncrementalDetokenizer, Tokenizer
+
+Logits = NDArray[np.float32]
+
+# Rows of activations are what prefill adds to memory: 256 rows of the widest, 2 * 5632 floats in a 1.1 B
+# model, are 11.5 MB, a tenth of what the engine may use beside weights and KV cache.
+PREFILL_CHUNK_TOKENS = 256
+
+
+class TokenStream(Iterator[StepOutput]):
+    """The tokens of one request as they are generated.
+
+    Closing it, or leaving its `with` block, ends the request and frees its KV cache; so does the garbage
+    collector.
+    """
+
+    def __init__(self, sequence: Sequence, steps: Generator[StepOutput, None, None]) -> None:
+        self._sequence = sequence
+        self._steps = steps
+
+    def __next__(self) -> StepOutput:
+        return next(self._steps)
+
+    def __enter__(self) -> TokenStream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def cancel(self) -> None:
+        """End the request before its next pass; may be called from any thread."""
+        self._sequence.request.cancel()
+
+    def close(self) -> None:
+        """End the request now; it is aborted unless it had finished."""
+        self._steps.close()
+        self._sequence.finish("abort")
+
+    def completion(self) -> Completion:
+        """The record of what was generated so far, complete once the iterator has ended."""
+        return completion_of(self._sequence)
+
+
+class Engine:
+    """Runs requests on a model, one KV cache each.
+
+    Args:
+        model: a decoder.
+        tokenizer: of the model; without one prompts are token ids and outputs have no text.
+        prefill_chunk_tokens: prompt tokens in one pass.
+    """
+
+    def __init__(
+        self, model: Model, tokenizer: Tokenizer | None, prefill_chunk_tokens: int = PREFILL_CHUNK_TOKENS
+    ) -> None:
+        if prefill_chunk_tokens < 1:
+            raise UsageError(f"prefill_chunk_tokens is {prefill_chunk_tokens}; it must be at least 1")
+        self.model = model
+        self.tokenizer = tokenizer
+        self._prefill_chunk_tokens = prefill_chunk_tokens
+
+    def stream(self, request: Request) -> TokenStream:
+        """Check a request and return its tokens; the work is done as they are taken.
+
+        Raises:
+            UsageError: an empty prompt, a token outside the vocabulary, text or stop strings without a
+                tokenizer, sampling parameters that do not fit the vocabulary; while it runs: a policy that
+                gives bits outside the model.
+            DoesNotFitError: prompt and output are longer than the context; nothing is ever cut off.
+        """
+        sequence = self._sequence(request)
+        return TokenStream(sequence, self._steps(sequence))
+
+    def generate(self, request: Request) -> Completion:
+        """Run a request to its end. Raises what `stream` raises."""
+        with self.stream(request) as stream:
+            for _ in stream:
+                pass
+            return stream.completion()
+
+    def _sequence(self, request: Request) -> Sequence:
+        prompt_ids = self._prompt_ids(request)
+        if request.stop and self.tokenizer is None:
+            raise UsageError("stop strings need a tokenizer; the model has none", "use stop_token_ids")
+        config = self.model.config
+        stop_ids = frozenset(() if request.ignore_eos else config.eos_token_ids) | {*request.stop_token_ids}
+        self._check_vocabulary("stop_token_ids", [*request.stop_token_ids])
+        given = request.sampling.seed
+        seed = secrets.randbits(64) if given is None else int(given)
+        return Sequence(
+            request=request,
+            prompt_ids=prompt_ids,
+            max_tokens=self._max_tokens(request, len(prompt_ids)),
+            stop_token_ids=stop_ids,
+            seed=seed,
+            sampler=Sampler(request.sampling, config.vocab_size, prompt_ids, seed),
+            stop_strings=StopStrings(request.stop),
+            detokenizer=IncrementalDetokenizer(self.tokenizer, prompt_ids) if self.tokenizer else None,
+        )
+
+    def _prompt_ids(self, request: Request) -> list[int]:
+        ids = self._encoded(request)
+        self._check_vocabulary("the prompt", ids)
+        bos = self.model.config.bos_token_id
+        if not ids and request.allow_empty_prompt and bos is not None:
+            return [bos]
+        if not ids:
+            raise UsageError(
+                "the prompt is empty; it needs at least one token", "write some text to continue"
+            )
+        return ids
+
+    def _encoded(self, request: Request) -> list[int]:
+        """The prompt as token ids; none for empty text, whatever special tokens would go around it."""
+        if not isinstance(request.prompt, str):
+            return list(request.prompt)
+        if self.tokenizer is None:
+            raise UsageError("the prompt is text, but the model has no tokenizer", "give token ids")
+        if not request.prompt:
+            return []
+        return self.tokenizer.encode(request.prompt, special_tokens=request.special_tokens)
+
+    def _check_vocabulary(self, name: str, ids: list[int]) -> None:
+        size = self.model.config.vocab_size
+        for token_id in ids:
+            if not isinstance(token_id, Integral) or not 0 <= token_id < size:
+                raise UsageError(
+                    f"{name} has the token id {token_id!r}; the vocabulary is 0 to {size - 1}",
+                    "use the tokenizer that belongs to the model",
+                )
+
+    def _max_tokens(self, request: Request, num_prompt: int) -> int:
+        """The limit on new tokens, refused where it does not fit: never cut in silence."""
+        context = self.model.context_length
+        left = context - num_prompt
+        if left < 1:
+            raise DoesNotFitError(
+                f"the prompt has {num_prompt} tokens; the context of {context} leaves no room for an answer",
+                f"shorten the prompt to at most {context - 1} tokens",
+            )
+        if request.max_tokens is None:
+            return left
+        if request.max_tokens > left:
+            raise DoesNotFitError(
+                f"{num_prompt} prompt and {request.max_tokens} new tokens exceed the context of {context}",
+                f"ask for at most {left} new tokens, or shorten the prompt",
+            )
+        return request.max_tokens
+
+    def _steps(self, sequence: Sequence) -> Generator[StepOutput, None, None]:
+        """Prefill, then one token a turn, until the sequence ends; frees the KV cache whatever happens."""
+        runner: ModelRunner | None = None
+        sequence.state = "running"
+        try:
+            runner = ModelRunner(self.model, len(sequence.prompt_ids) + sequence.max_tokens)
+            yield from self._run(sequence, runner)
+        finally:
+            if runner is not None:
+                runner.release()
+            sequence.finish("abort")
+
+    def _run(self, sequence: Sequence, runner: ModelRunner) -> Generator[StepOutput, None, None]:
+        for start in range(0, len(sequence.prompt_ids), self._prefill_chunk_tokens):
+            if sequence.request.is_cancelled:
+                return
+            output = self._prefill_chunk(sequence, runner, start)
+        while True:
+            assert output is not None
+            logits, step_output = output
+            yield step_output
+            if sequence.state == "finished" or sequence.request.is_cancelled:
+                return
+            output = self._decode(sequence, runner, logits)
+
+    def _prefill_chunk(
+        self, sequence: Sequence, runner: ModelRunner, start: int
+    ) -> tuple[Logits, StepOutput] | None:
+        """One chunk of the prompt; the last one draws the first token."""
+        began_ns = time.perf_counter_ns()
+        chunk = sequence.prompt_ids[start : start + self._prefill_chunk_tokens]
+        bits = self._bits(sequence, "prefill", start, None)
+        logits = runner.prefill(chunk, bits, is_last=start + len(chunk) == len(sequence.prompt_ids))
+        sequence.num_prefilled += len(chunk)
+        sequence.prefill_bytes += runner.bytes_of_last_pass(bits)
+        output = None if logits is None else (logits, self._draw(sequence, logits, bits))
+        sequence.prefill_ns += time.perf_counter_ns() - began_ns
+        return output
+
+    def _decode(
+        self, sequence: Sequence, runner: ModelRunner, last_logits: Logits
+    ) -> tuple[Logits, StepOutput]:
+        """One decode pass and its token."""
+        began_ns = time.perf_counter_ns()
+        bits = self._bits(sequence, "decode", runner.position, lambda: logit_features(last_logits))
+        logits = runner.decode(sequence.tokens[-1].token_id, bits)
+        sequence.decode_bytes += runner.bytes_of_last_pass(bits)
+        output = self._draw(sequence, logits, bits)
+        sequence.decode_ns += time.perf_counter_ns() - began_ns
+        return logits, output
+
+    def _draw(self, sequence: Sequence, logits: Logits, bits: int) -> StepOutput:
+        token = sequence.sampler.sample(logits)
+        text = sequence.append(token, bits)
+        return StepOutput(
+            text, token.token_id, bits, token.logprob, token.top_logprobs, sequence.finish_reason
+        )
+
+    def _bits(
+        self,
+        sequence: Sequence,
+        phase: Phase,
+        position: int,
+        features: Callable[[], LogitFeatures] | None,
+    ) -> int:
+        """Ask the policy, and refuse an answer that the model does not hold."""
+        low, high = self.model.min_bits, self.model.max_bits
+        step = StepContext(phase, position, len(sequence.tokens), sequence.max_tokens, low, high, features)
+        policy = sequence.request.policy
+        bits = policy.bits(step)
+        if not isinstance(bits, Integral) or not low <= bits <= high:
+            raise UsageError(
+                f"policy {policy.name!r} gave {bits!r} bits; this model holds {describe_widths(low, high)}",
+                "parse the policy for this model's widths",
+            )
+        return int(bits)

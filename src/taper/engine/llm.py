@@ -1,0 +1,192 @@
+"""The front door: a model, its tokenizer and its chat template in one object."""
+
+from __future__ import annotations
+
+import importlib.resources
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from taper.config import ModelConfig
+from taper.engine.completion import Completion
+from taper.engine.engine import Engine, TokenStream
+from taper.engine.model_runner import Model
+from taper.engine.request import Request
+from taper.engine.sampling_params import SamplingParams
+from taper.errors import ModelNotFoundError, UsageError
+from taper.formats.container import TaperFile
+from taper.formats.huggingface import HfCheckpoint
+from taper.models import Decoder
+from taper.precision import PrecisionPolicy, parse_policy
+from taper.tokenizer import ChatTemplate, Message, Tokenizer
+
+SAMPLING_FIELDS = frozenset(field.name for field in fields(SamplingParams))
+REQUEST_FIELDS = frozenset(field.name for field in fields(Request) if field.init) - {
+    "prompt", "policy", "sampling", "_cancelled",
+}  # fmt: skip
+
+
+class LLM:
+    """A loaded model; `taper.load` makes one.
+
+    Args:
+        model: the decoder.
+        tokenizer_json: text of tokenizer.json; without one, prompts are token ids.
+        chat_template: Jinja source; without one, `chat` is refused.
+        policies: policy texts that the model's file names; `default`, where present, is used when none is
+            asked for.
+        notice: what the user should know about the file, such as that it is cut short.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer_json: str | None,
+        chat_template: str | None = None,
+        policies: Mapping[str, str] | None = None,
+        notice: str | None = None,
+    ) -> None:
+        self.engine = Engine(model, None if tokenizer_json is None else Tokenizer(tokenizer_json))
+        self.policies = dict(policies or {})
+        self.notice = notice
+        self._template = ChatTemplate(chat_template, self._template_variables()) if chat_template else None
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's sizes."""
+        return self.engine.model.config
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer."""
+        return self.engine.tokenizer
+
+    @property
+    def min_bits(self) -> int:
+        """Least width that the model can be read at."""
+        return self.engine.model.min_bits
+
+    @property
+    def max_bits(self) -> int:
+        """Largest width that the model can be read at; 32 for a Hugging Face folder."""
+        return self.engine.model.max_bits
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `chat` works."""
+        return self._template is not None
+
+    def stream(
+        self, prompt: str | Sequence[int], *, policy: str | PrecisionPolicy | None = None, **options: Any
+    ) -> TokenStream:
+        """Continue a prompt; an iterator of `StepOutput`, whose `str()` is the new text.
+
+        Args:
+            prompt: text or token ids.
+            policy: text for `parse_policy`, a name from `policies`, or a policy object; None takes the file's
+                `default`, else `progressive`.
+            options: the other fields of `Request` (max_tokens, stop, ...), `sampling=SamplingParams(...)`, or
+                single fields of `SamplingParams` (temperature, seed, ...), which override it.
+
+        Raises:
+            UsageError: an unknown option, or a value that is never right.
+            DoesNotFitError: prompt and output are longer than the context.
+        """
+        return self.engine.stream(self.request(prompt, policy=policy, **options))
+
+    def generate(
+        self, prompt: str | Sequence[int], *, policy: str | PrecisionPolicy | None = None, **options: Any
+    ) -> Completion:
+        """Continue a prompt to the end; arguments and errors as `stream`."""
+        return self.engine.generate(self.request(prompt, policy=policy, **options))
+
+    def stream_chat(
+        self, messages: Sequence[Message], *, policy: str | PrecisionPolicy | None = None, **options: Any
+    ) -> TokenStream:
+        """Answer a chat; `messages` as in `render_chat`, the rest as in `stream`."""
+        prompt = self.render_chat(messages)
+        return self.stream(prompt, policy=policy, special_tokens=False, **options)
+
+    def chat(
+        self, messages: Sequence[Message], *, policy: str | PrecisionPolicy | None = None, **options: Any
+    ) -> Completion:
+        """Answer a chat to the end; `messages` as in `render_chat`, the rest as in `stream`."""
+        prompt = self.render_chat(messages)
+        return self.generate(prompt, policy=policy, special_tokens=False, **options)
+
+    def render_chat(self, messages: Sequence[Message]) -> str:
+        """The prompt that the model's template makes of messages, each with `role` and `content`.
+
+        Raises:
+            UsageError: a model without a template, or messages that it refuses.
+        """
+        if self._template is None:
+            raise UsageError(
+                "the model has no chat template", "give a prompt to continue instead of messages"
+            )
+        return self._template.render(messages)
+
+    def request(
+        self, prompt: str | Sequence[int], *, policy: str | PrecisionPolicy | None = None, **options: Any
+    ) -> Request:
+        """The request that `stream` would run, for `engine.stream`, and to cancel it."""
+        sampling = options.pop("sampling", None) or SamplingParams()
+        overrides = {name: options.pop(name) for name in [*options] if name in SAMPLING_FIELDS}
+        unknown = [name for name in options if name not in REQUEST_FIELDS]
+        if unknown:
+            known = ", ".join(sorted(REQUEST_FIELDS | SAMPLING_FIELDS))
+            raise UsageError(f"there is no option {unknown[0]!r}", f"the options are {known}")
+        return Request(prompt, self.policy(policy), replace(sampling, **overrides), **options)
+
+    def policy(self, policy: str | PrecisionPolicy | None = None) -> PrecisionPolicy:
+        """The policy for this model; a name in `policies` stands for its text."""
+        if policy is None:
+            policy = "default" if "default" in self.policies else "progressive"
+        if not isinstance(policy, str):
+            return policy
+        return parse_policy(self.policies.get(policy, policy), self.min_bits, self.max_bits)
+
+    def close(self) -> None:
+        """End the helper process of the chat template, if one runs."""
+        if self._template is not None:
+            self._template.close()
+
+    def _template_variables(self) -> dict[str, str]:
+        """The special tokens that chat templates refer to."""
+        tokenizer, config = self.tokenizer, self.config
+        if tokenizer is None:
+            return {}
+        eos = config.eos_token_ids[0] if config.eos_token_ids else None
+        ids = {"bos_token": config.bos_token_id, "eos_token": eos}
+        return {name: tokenizer.token(i) or "" for name, i in ids.items() if i is not None}
+
+
+def load(source: str | Path | None = None, *, verify: bool = False) -> LLM:
+    """Load a model.
+
+    Args:
+        source: a `.taper` file, a Hugging Face folder (run in float32), or None for the model in the package.
+        verify: read a `.taper` file once and compare every checksum first.
+
+    Raises:
+        ModelNotFoundError: nothing there, or no model.
+        CorruptFileError: a file that contradicts itself or, with `verify`, its checksums.
+        UsageError: a model that Taper does not support.
+    """
+    path = embedded_model() if source is None else Path(source)
+    if path.is_dir():
+        checkpoint = HfCheckpoint.open(path)
+        return LLM(Decoder.from_hf(checkpoint), checkpoint.tokenizer_json, checkpoint.chat_template)
+    file = TaperFile.open(path, verify=verify)
+    decoder = Decoder.from_taper(file)
+    return LLM(decoder, file.tokenizer_json, file.chat_template, file.policies, file.notice())
+
+
+def embedded_model() -> Path:
+    """The `.taper` file in the package. Raises ModelNotFoundError where this build has none."""
+    assets = Path(str(importlib.resources.files("taper") / "assets"))
+    found = sorted(assets.glob("*.taper"))
+    if not found:
+        raise ModelNotFoundError("the package holds no model", "give a .taper file or a Hugging Face folder")
+    return found[0]

@@ -1,0 +1,91 @@
+"""Runs a model's passes for one sequence, and counts what they read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from taper.config import ModelConfig
+
+
+class Cache(Protocol):
+    """The KV cache of a sequence, as the engine sees it."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Entries stored."""
+        ...
+
+    def bytes_read(self, num_tokens: int) -> int:
+        """Bytes that attention over `num_tokens` entries reads."""
+        ...
+
+
+class Model(Protocol):
+    """A decoder, as the engine sees it (`taper.models.Decoder`)."""
+
+    config: ModelConfig
+    min_bits: int
+    max_bits: int
+    context_length: int
+
+    def new_cache(self, max_tokens: int) -> Any:
+        """An empty cache."""
+        ...
+
+    def forward(
+        self, tokens: NDArray[np.int32], cache: Any, bits: int, logits: Literal["last", "all", "none"]
+    ) -> NDArray[np.float32] | None:
+        """Run tokens that follow the cache's entries."""
+        ...
+
+    def bytes_per_pass(self, bits: int) -> int:
+        """Bytes of weights that one pass reads."""
+        ...
+
+
+class ModelRunner:
+    """A model and the KV cache of one sequence.
+
+    Args:
+        model: shared between runners.
+        num_tokens: that the cache must hold.
+    """
+
+    def __init__(self, model: Model, num_tokens: int) -> None:
+        self._model = model
+        self._cache: Cache | None = model.new_cache(num_tokens)
+        self._weight_bytes = {
+            bits: model.bytes_per_pass(bits) for bits in range(model.min_bits, model.max_bits + 1)
+        }
+
+    @property
+    def position(self) -> int:
+        """Of the next token."""
+        assert self._cache is not None
+        return self._cache.num_tokens
+
+    def prefill(self, tokens: SequenceOf[int], bits: int, is_last: bool) -> NDArray[np.float32] | None:
+        """Run a chunk of the prompt; logits, (vocab,), from its last token where it is the last chunk."""
+        ids = np.asarray(tokens, np.int32)
+        logits = self._model.forward(ids, self._cache, bits, "last" if is_last else "none")
+        return None if logits is None else logits[0]
+
+    def decode(self, token_id: int, bits: int) -> NDArray[np.float32]:
+        """Run one generated token; logits, (vocab,)."""
+        logits = self._model.forward(np.array([token_id], np.int32), self._cache, bits, "last")
+        assert logits is not None
+        row: NDArray[np.float32] = logits[0]
+        return row
+
+    def bytes_of_last_pass(self, bits: int) -> int:
+        """Bytes that the pass before this call read: weights, and the KV entries up to its last token."""
+        assert self._cache is not None
+        return self._weight_bytes[bits] + self._cache.bytes_read(self._cache.num_tokens)
+
+    def release(self) -> None:
+        """Free the KV cache."""
+        self._cache = None

@@ -1,0 +1,61 @@
+"""What a caller asks of the engine."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from numbers import Integral
+
+from taper.engine.sampling_params import SamplingParams
+from taper.errors import UsageError
+from taper.precision import PrecisionPolicy
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt to complete.
+
+    Attributes:
+        prompt: text, or token ids that are used as they are.
+        policy: chooses the bits of every pass.
+        sampling: how tokens are drawn.
+        max_tokens: limit on the output; None takes what the prompt leaves of the context.
+        stop: strings that end the output and are not part of it.
+        stop_token_ids: end the output like the model's own end-of-text tokens.
+        ignore_eos: let the model's own end-of-text tokens pass; `stop_token_ids` still end the output.
+        special_tokens: encode text with the special tokens that the tokenizer puts around it; a rendered chat
+            template already has them.
+        allow_empty_prompt: take an empty prompt as the model's beginning-of-text token; without it, or for a
+            model without that token, an empty prompt is refused.
+
+    Raises:
+        UsageError: `max_tokens` below 1.
+    """
+
+    prompt: str | SequenceOf[int]
+    policy: PrecisionPolicy
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    max_tokens: int | None = None
+    stop: SequenceOf[str] = ()
+    stop_token_ids: SequenceOf[int] = ()
+    ignore_eos: bool = False
+    special_tokens: bool = True
+    allow_empty_prompt: bool = False
+    _cancelled: threading.Event = field(default_factory=threading.Event, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        limit = self.max_tokens
+        if limit is not None and (not isinstance(limit, Integral) or isinstance(limit, bool) or limit < 1):
+            raise UsageError(f"max_tokens is {limit!r}; it must be a whole number, at least 1, or None")
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+
+    def cancel(self) -> None:
+        """End the request before its next pass, from any thread; what was generated is kept."""
+        self._cancelled.set()
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether `cancel` was called."""
+        return self._cancelled.is_set()

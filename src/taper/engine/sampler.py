@@ -1,0 +1,204 @@
+"""From logits to a token: pure functions over NumPy arrays, and the sampler of one sequence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from taper.engine.sampling_params import SamplingParams
+from taper.errors import TaperError, UsageError
+from taper.kernels import exp
+from taper.precision import LogitFeatures
+
+Floats = NDArray[np.float32]
+Ids = NDArray[np.intp]
+
+SMALLEST_TEMPERATURE = 1e-30  # a float32 above 0 with room below; already greedy but for ties
+FIRST_NUCLEUS = 128  # candidates sorted first for top-p; most nuclei at p <= 0.95 are smaller
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """A drawn token; log-probabilities are of the raw distribution, and absent unless asked for."""
+
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+def descending(values: Floats, at_least: int) -> Ids:
+    """Indices of the largest positive values, largest first, ties by index, without sorting the whole array.
+
+    Args:
+        values: float32, (n,), nothing negative.
+        at_least: how many are wanted, from 1; more come back where the last one is tied, fewer where fewer
+            are positive.
+    """
+    floor = np.float32(0)
+    if at_least < len(values):
+        floor = np.partition(values, len(values) - at_least)[len(values) - at_least]
+    ids = np.flatnonzero(values >= floor) if floor > 0 else np.flatnonzero(values)
+    return ids[np.argsort(-values[ids], kind="stable")]
+
+
+def distribution(logits: Floats, params: SamplingParams) -> tuple[Ids, NDArray[np.float64]]:
+    """Apply temperature, top-k, top-p and min-p.
+
+    The exponential is the specified float32 one and sums run in a fixed order, so a seed draws the same
+    tokens on every machine.
+
+    Args:
+        logits: float32, (vocab,), penalties and bias already applied; the largest is finite.
+        params: with a temperature above 0.
+
+    Returns:
+        The tokens that may be drawn and their probabilities (float64, sum 1), both (n,).
+    """
+    temperature = np.float32(max(params.temperature, SMALLEST_TEMPERATURE))
+    with np.errstate(over="ignore"):  # minus infinity has weight 0
+        weights = exp((logits - logits.max()) / temperature)
+    ids = descending(weights, params.top_k)[: params.top_k] if params.top_k else np.flatnonzero(weights)
+    if params.top_p < 1:
+        ids = _nucleus(weights, ids, params.top_p)
+    if params.min_p > 0:  # the largest weight is exp(0) = 1
+        ids = ids[weights[ids] >= np.float32(params.min_p)]
+    cumulative = np.cumsum(weights[ids], dtype=np.float64)
+    return ids, weights[ids] / cumulative[-1]
+
+
+def _nucleus(weights: Floats, ids: Ids, top_p: float) -> Ids:
+    """The fewest of `ids`, likeliest first, whose share of their total weight is at least `top_p`."""
+    candidates = weights[ids]
+    target = top_p * candidates.sum(dtype=np.float64)
+    count = FIRST_NUCLEUS
+    while True:
+        order = descending(candidates, count)
+        reached = np.searchsorted(np.cumsum(candidates[order], dtype=np.float64), target)
+        if reached < len(order):
+            return ids[order[: reached + 1]]
+        if len(order) == len(ids):  # rounding left the whole sum below the target
+            return ids[order]
+        count *= 8
+
+
+def log_softmax(logits: Floats) -> NDArray[np.float64]:
+    """Log-probabilities of the raw distribution; float64, (vocab,)."""
+    shifted = logits.astype(np.float64) - float(logits.max())
+    result: NDArray[np.float64] = shifted - math.log(float(np.exp(shifted).sum()))
+    return result
+
+
+def logit_features(logits: Floats) -> LogitFeatures:
+    """Certainty of the raw distribution, for policies that look at it."""
+    logprobs = log_softmax(logits)
+    probabilities = np.exp(logprobs)
+    second, first = (
+        np.partition(probabilities, -2)[-2:] if len(probabilities) > 1 else (0.0, probabilities[0])
+    )
+    finite = probabilities > 0
+    entropy = -float((probabilities[finite] * logprobs[finite]).sum())
+    return LogitFeatures(entropy=entropy, margin=float(first - second), max_probability=float(first))
+
+
+class Sampler:
+    """Draws the tokens of one sequence.
+
+    Token n uses the n-th number of a Philox stream keyed by the seed, whatever else runs beside it; greedy
+    sampling uses none.
+
+    Args:
+        params: how to draw.
+        vocab_size: length of the logits.
+        prompt_ids: the prompt, for the repetition penalty.
+        seed: of the draws, used in place of `params.seed`.
+
+    Raises:
+        UsageError: a bias for a token outside the vocabulary, more top log-probabilities than tokens.
+    """
+
+    def __init__(
+        self, params: SamplingParams, vocab_size: int, prompt_ids: SequenceOf[int], seed: int
+    ) -> None:
+        outside = [token_id for token_id in params.logit_bias if token_id >= vocab_size]
+        if outside:
+            raise UsageError(f"logit_bias names token {outside[0]}; the vocabulary has {vocab_size} tokens")
+        if params.top_logprobs > vocab_size:
+            raise UsageError(f"top_logprobs is {params.top_logprobs}; the vocabulary has {vocab_size} tokens")
+        self.params = params
+        self._random = np.random.Generator(np.random.Philox(key=seed))
+        self._penalises = (
+            params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
+        )
+        self._biased = np.fromiter(params.logit_bias.keys(), np.intp)
+        self._bias = np.fromiter(params.logit_bias.values(), np.float32)
+        self._seen = np.zeros(vocab_size, np.bool_)  # in the prompt or the output
+        self._seen[np.asarray(prompt_ids, np.intp)] = True
+        self._counts: dict[int, int] = {}  # in the output
+
+    def sample(self, logits: Floats) -> SampledToken:
+        """Draw the next token.
+
+        Args:
+            logits: float32, (vocab,), as the model gave them; not changed.
+
+        Raises:
+            TaperError: logits that are NaN or whose largest is not finite.
+        """
+        scores = self._adjusted(logits)
+        token_id = int(scores.argmax())  # the index of a NaN where there is one
+        if not math.isfinite(scores[token_id]):
+            raise TaperError(
+                f"the model's logits are not finite (token {token_id}: {logits[token_id]})",
+                "check the file with taper inspect --verify, or read it at more bits",
+            )
+        if not self.params.is_greedy:
+            token_id = self._draw(scores)
+        if self._penalises:
+            self._counts[token_id] = self._counts.get(token_id, 0) + 1
+            self._seen[token_id] = True
+        return self._report(token_id, logits) if self.params.logprobs else SampledToken(token_id)
+
+    def _adjusted(self, logits: Floats) -> Floats:
+        """Penalties, then bias."""
+        if not self._penalises and not len(self._bias):
+            return logits
+        scores = logits.copy()
+        if self._penalises:
+            self._penalise(scores)
+        scores[self._biased] += self._bias
+        return scores
+
+    def _penalise(self, scores: Floats) -> None:
+        """Repetition penalty on prompt and output, presence and frequency penalty on the output; in place."""
+        params = self.params
+        if params.repetition_penalty != 1:
+            penalty = np.float32(params.repetition_penalty)
+            seen = np.flatnonzero(self._seen)
+            old = scores[seen]
+            scores[seen] = np.where(old < 0, old * penalty, old / penalty)
+        if self._counts:
+            ids = np.fromiter(self._counts.keys(), np.intp, len(self._counts))
+            counts = np.fromiter(self._counts.values(), np.float32, len(self._counts))
+            scores[ids] -= np.float32(params.presence_penalty) + np.float32(params.frequency_penalty) * counts
+
+    def _draw(self, scores: Floats) -> int:
+        """Invert the cumulative distribution at one uniform number."""
+        ids, probabilities = distribution(scores, self.params)
+        index = int(np.searchsorted(np.cumsum(probabilities), self._random.random(), side="right"))
+        return int(ids[min(index, len(ids) - 1)])  # the last sum may round to just below 1
+
+    def _report(self, token_id: int, logits: Floats) -> SampledToken:
+        """Log-probabilities of the raw distribution, likeliest first, ties by id."""
+        logprobs = log_softmax(logits)
+        wanted = self.params.top_logprobs
+        top: tuple[tuple[int, float], ...] = ()
+        if wanted:
+            floor = np.partition(logprobs, len(logprobs) - wanted)[len(logprobs) - wanted]
+            ids = np.flatnonzero(logprobs >= floor)
+            ids = ids[np.argsort(-logprobs[ids], kind="stable")][:wanted]
+            top = tuple((int(i), float(logprobs[i])) for i in ids)
+        return SampledToken(token_id, float(logprobs[token_id]), top)
