@@ -1,0 +1,1 @@
+"""Model files: the `.taper` container (docs/format.md) and Hugging Face checkpoints."""

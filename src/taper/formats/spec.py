@@ -1,0 +1,202 @@
+"""What lies in a `.taper` file, as data: matrices, codebook, header and the one layout (docs/format.md).
+
+Writer and reader share `layout`, so a file is valid exactly when its table of tensors is the one that the
+writer would make.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from taper.config import ModelConfig
+from taper.errors import UsageError
+from taper.formats.safetensors_header import DTYPE_BYTES, TensorEntry
+from taper.kernels import hadamard_block, padded_cols
+
+U8 = npt.NDArray[np.uint8]
+I8 = npt.NDArray[np.int8]
+F16 = npt.NDArray[np.float16]
+F32 = npt.NDArray[np.float32]
+
+FORMAT = "taper/1"
+MAX_BITS = 8
+# Cache line and AVX-512 register: every plane begins at a multiple of this.
+ALIGNMENT = 64
+DIGEST_DIGITS = 32
+FINAL_NORM = "norm.final"
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixSpec:
+    """Name and sizes of one weight matrix.
+
+    Attributes:
+        cols: in_features rounded up to a multiple of 64, the width of a plane's row in weights.
+        block: consecutive columns that are rotated together, the largest power of two dividing in_features.
+        has_bias: whether `NAME.bias` is in the file.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    cols: int
+    block: int
+    has_bias: bool = False
+
+    @property
+    def num_weights(self) -> int:
+        """Weights of the matrix, without padding."""
+        return self.out_features * self.in_features
+
+    @property
+    def plane_bytes(self) -> int:
+        """Bytes of one plane."""
+        return self.out_features * self.cols // 8
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in the `matrices` metadata."""
+        return {
+            "name": self.name,
+            "out": self.out_features,
+            "in": self.in_features,
+            "cols": self.cols,
+            "block": self.block,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class PlanedMatrix:
+    """One matrix with its arrays.
+
+    Attributes:
+        planes: uint8 (out_features, cols // 8) each, most significant first; may be longer than memory holds
+        at once
+            (a lazy sequence), the writer asks for one plane at a time.
+        scales: float16 (1, out_features) or (levels, out_features).
+        bias: float32 (out_features) or None.
+        signs: float32 (in_features) of +1 and -1, the rotation's signs.
+    """
+
+    spec: MatrixSpec
+    planes: Sequence[U8]
+    scales: F16
+    bias: F32 | None
+    signs: F32
+
+    @property
+    def block(self) -> int:
+        """Hadamard block of the rotation."""
+        return self.spec.block
+
+
+@dataclass(frozen=True, slots=True)
+class Codebook:
+    """Values of every width: bits to int8 (2**bits,), ascending, and bits to what one step is worth."""
+
+    values: dict[int, I8]
+    level_scales: dict[int, float]
+
+    @classmethod
+    def from_levels(cls, levels: Mapping[str, Mapping[str, Any]]) -> Codebook:
+        """Read the `levels` of the metadata: {"2": {"scale": float, "values": [int]}, ...}."""
+        return cls(
+            {int(bits): np.array(level["values"], dtype=np.int8) for bits, level in levels.items()},
+            {int(bits): float(level["scale"]) for bits, level in levels.items()},
+        )
+
+    def to_levels(self) -> dict[str, dict[str, Any]]:
+        """What `from_levels` reads."""
+        return {
+            str(bits): {"scale": self.level_scales[bits], "values": [int(value) for value in values]}
+            for bits, values in sorted(self.values.items())
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class TaperHeader:
+    """Everything in the file that is not a tensor."""
+
+    config: ModelConfig
+    min_bits: int
+    max_bits: int
+    codebook: Codebook
+    tokenizer_json: str | None = None
+    chat_template: str | None = None
+    policies: dict[str, str] = field(default_factory=dict)
+    card: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+def expected_matrices(config: ModelConfig) -> list[MatrixSpec]:
+    """The matrices of a model, in the order of the file."""
+    hidden, ffn = config.hidden_size, config.intermediate_size
+    specs = [_spec("embed", config.vocab_size, hidden)]
+    for layer in range(config.num_layers):
+        at = f"layers.{layer}"
+        specs += [
+            _spec(f"{at}.qkv", config.qkv_features, hidden, config.qkv_bias),
+            _spec(f"{at}.o", hidden, config.num_heads * config.head_dim, config.o_bias),
+            _spec(f"{at}.gate_up", 2 * ffn, hidden, config.mlp_bias),
+            _spec(f"{at}.down", hidden, ffn, config.mlp_bias),
+        ]
+    if not config.tie_word_embeddings:
+        specs.append(_spec("head", config.vocab_size, hidden))
+    return specs
+
+
+def layout(config: ModelConfig, max_bits: int, scale_rows: Mapping[str, int]) -> list[TensorEntry]:
+    """Every tensor of the file in order, pads included.
+
+    Args:
+        config: the model.
+        max_bits: number of planes.
+        scale_rows: matrix name to rows of its scales.
+    """
+    specs = expected_matrices(config)
+    entries: list[TensorEntry] = []
+    _place(entries, FINAL_NORM, "F32", (config.hidden_size,))
+    # Widest type first: every array then lies at a multiple of its item size.
+    for spec in specs:
+        if spec.has_bias:
+            _place(entries, f"{spec.name}.bias", "F32", (spec.out_features,))
+    for spec in specs:
+        _place(entries, f"{spec.name}.scales", "F16", (scale_rows[spec.name], spec.out_features))
+    for spec in specs:
+        _place(entries, f"{spec.name}.signs", "U8", (-(-spec.in_features // 8),))
+    num_pads = 0
+    for plane in range(max_bits):
+        for spec in specs:
+            gap = -entries[-1].end % ALIGNMENT
+            if gap:
+                _place(entries, f"pad.{num_pads}", "U8", (gap,))
+                num_pads += 1
+            _place(entries, f"{spec.name}.plane{plane}", "U8", (spec.out_features, spec.cols // 8))
+    return entries
+
+
+def parse_widths(text: str) -> tuple[int, int]:
+    """MIN-MAX or one number, as in 2-8. Raises UsageError for anything else."""
+    low, _, high = text.partition("-")
+    if not low.isdigit() or not (high or low).isdigit():
+        raise UsageError(f"bits {text!r} is not of the form MIN-MAX, as in 2-8")
+    widths = int(low), int(high or low)
+    if not 1 <= widths[0] <= widths[1] <= MAX_BITS:
+        raise UsageError(f"bits {text!r} are outside 1 <= MIN <= MAX <= {MAX_BITS}")
+    return widths
+
+
+def _spec(name: str, out_features: int, in_features: int, has_bias: bool = False) -> MatrixSpec:
+    return MatrixSpec(
+        name, out_features, in_features, padded_cols(in_features), hadamard_block(in_features), has_bias
+    )
+
+
+def _place(entries: list[TensorEntry], name: str, dtype: str, shape: tuple[int, ...]) -> None:
+    begin = entries[-1].end if entries else 0
+    entries.append(TensorEntry(name, dtype, shape, begin, begin + math.prod(shape) * DTYPE_BYTES[dtype]))

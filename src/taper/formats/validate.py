@@ -1,0 +1,223 @@
+"""Checks of everything that a file says about itself, before any of it is believed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any, cast
+
+from taper.config import ModelConfig, RopeConfig
+from taper.errors import CorruptFileError, ModelNotFoundError
+from taper.formats.safetensors_header import SafetensorsHeader, TensorEntry
+from taper.formats.spec import (
+    ALIGNMENT,
+    DIGEST_DIGITS,
+    FORMAT,
+    MAX_BITS,
+    Codebook,
+    TaperHeader,
+    expected_matrices,
+    layout,
+)
+
+_HASH_FIELD = re.compile(rb'"header_sha256":"([0-9a-f]{64})"')
+# No model is near these; they bound the work that a forged header can cause.
+_MAX_SIZE = 2**31 - 1
+_MAX_LAYERS = 100_000
+
+
+def validate(path: Path, frame: SafetensorsHeader) -> TaperHeader:
+    """Check a file's whole description: hash, configuration, codebook, matrices, tensors, digests.
+
+    Raises:
+        ModelNotFoundError: a safetensors file that is no `.taper` file, or one of a newer format.
+        CorruptFileError: naming the first thing that contradicts docs/format.md.
+    """
+    _check_format(path, frame)
+    if not header_hash_matches(frame.raw):
+        raise CorruptFileError(
+            f"{path}: the header's checksum does not match its bytes", hint="copy or download the file again"
+        )
+    try:
+        header = _header(frame.metadata)
+        _check_tensors(frame, header)
+        _check_digests(frame)
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
+        raise CorruptFileError(f"{path}: {reason}", hint="copy or download the file again") from error
+    return header
+
+
+def header_hash_matches(raw: bytes) -> bool:
+    """Whether the SHA-256 in the header is that of length field and header with its digits as zeros."""
+    found = find_header_hash(raw)
+    if found is None:
+        return False
+    blanked = raw[: found.start(1)] + b"0" * 64 + raw[found.end(1) :]
+    return hashlib.sha256(blanked).hexdigest().encode() == found.group(1)
+
+
+def find_header_hash(raw: bytes) -> re.Match[bytes] | None:
+    """The place of the 64 digits; a quote inside another value is escaped, so no other text can look like
+    it."""
+    return _HASH_FIELD.search(raw)
+
+
+def check_config(config: ModelConfig) -> None:
+    """Refuse sizes that no decoder of this family has.
+
+    Raises:
+        TypeError: a value of another type.
+        ValueError: a value outside its range.
+    """
+    for name in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
+                 "vocab_size", "max_position_embeddings"):  # fmt: skip
+        _integer(name, getattr(config, name), 1, _MAX_LAYERS if name == "num_layers" else _MAX_SIZE)
+    if config.num_heads % config.num_kv_heads:
+        raise ValueError(
+            f"num_heads {config.num_heads} is not a multiple of num_kv_heads {config.num_kv_heads}"
+        )
+    if config.head_dim % 2:
+        raise ValueError(f"head_dim {config.head_dim} is odd; rotary embedding needs pairs")
+    _positive("rms_norm_eps", config.rms_norm_eps)
+    for name in ("tie_word_embeddings", "qkv_bias", "o_bias", "mlp_bias"):
+        if not isinstance(getattr(config, name), bool):
+            raise TypeError(f"{name} {getattr(config, name)!r} is not true or false")
+    if not isinstance(config.architecture, str):
+        raise TypeError(f"architecture {config.architecture!r} is not a string")
+    _check_rope(config.rope)
+    tokens = (*config.eos_token_ids, *([] if config.bos_token_id is None else [config.bos_token_id]))
+    for token in tokens:
+        _integer("bos or eos token id", token, 0, config.vocab_size - 1)
+
+
+def _check_rope(rope: RopeConfig) -> None:
+    _positive("rope theta", rope.theta)
+    if not isinstance(rope.variant, str) or not isinstance(rope.parameters, dict):
+        raise TypeError(f"rope variant {rope.variant!r} with parameters {rope.parameters!r}")
+
+
+def _check_format(path: Path, frame: SafetensorsHeader) -> None:
+    text = frame.metadata.get("format", "")
+    if text == FORMAT:
+        return
+    if text.startswith("taper/"):
+        raise ModelNotFoundError(
+            f"{path} has format {text!r}; this version reads {FORMAT!r}", hint="update Taper"
+        )
+    raise ModelNotFoundError(
+        f"{path} is not a .taper file: looks like plain safetensors weights",
+        hint="make one from the folder that holds them: taper quantize FOLDER -o FILE.taper",
+    )
+
+
+def _header(metadata: dict[str, str]) -> TaperHeader:
+    config = ModelConfig.from_dict(_json(metadata, "config", dict))
+    check_config(config)
+    min_bits, max_bits = (int(metadata[key]) for key in ("min_bits", "max_bits"))
+    if not 1 <= min_bits <= max_bits <= MAX_BITS:
+        raise ValueError(f"widths {min_bits}..{max_bits}; the rule is 1 <= min <= max <= {MAX_BITS}")
+    _check_matrices(_json(metadata, "matrices", list), config)
+    policies = _json(metadata, "policies", dict)
+    if not all(isinstance(text, str) for text in policies.values()):
+        raise TypeError("policies hold something that is no text")
+    return TaperHeader(
+        config=config,
+        min_bits=min_bits,
+        max_bits=max_bits,
+        codebook=_codebook(_json(metadata, "codebook", dict), min_bits, max_bits),
+        tokenizer_json=metadata.get("tokenizer"),
+        chat_template=metadata.get("chat_template"),
+        policies=policies,
+        card=_json(metadata, "card", dict),
+        provenance=_json(metadata, "provenance", dict),
+    )
+
+
+def _codebook(raw: dict[str, Any], min_bits: int, max_bits: int) -> Codebook:
+    levels = raw["levels"]
+    wanted = {str(bits) for bits in range(min_bits, max_bits + 1)}
+    if not isinstance(levels, dict) or set(levels) != wanted:
+        raise ValueError(f"codebook levels must be those of {min_bits}..{max_bits} bits")
+    for bits, level in levels.items():
+        values = level["values"]
+        _positive(f"codebook scale of {bits} bits", level["scale"])
+        if not isinstance(values, list) or len(values) != 2 ** int(bits):
+            raise ValueError(f"codebook of {bits} bits needs {2 ** int(bits)} values")
+        for value in values:
+            _integer(f"codebook value of {bits} bits", value, -127, 127)
+        if values != sorted(values):
+            raise ValueError(f"codebook values of {bits} bits are not in ascending order")
+    return Codebook.from_levels(levels)
+
+
+def _check_matrices(matrices: list[Any], config: ModelConfig) -> None:
+    """Compare with the configuration; the list's length first, so that a forged layer count costs nothing."""
+    expected_length = 4 * config.num_layers + (1 if config.tie_word_embeddings else 2)
+    if len(matrices) != expected_length:
+        raise ValueError(f"{len(matrices)} matrices; the configuration has {expected_length}")
+    for written, spec in zip(matrices, expected_matrices(config), strict=True):
+        if written != spec.to_dict():
+            raise ValueError(f"matrix {written}, but the configuration has {spec.to_dict()}")
+
+
+def _check_tensors(frame: SafetensorsHeader, header: TaperHeader) -> None:
+    """The table of tensors is the one that the writer makes; only the rows of the scales are the file's
+    choice."""
+    if frame.data_begin % ALIGNMENT:
+        raise ValueError(f"data begins at {frame.data_begin:,}, not a multiple of {ALIGNMENT}")
+    levels = header.max_bits - header.min_bits + 1
+    scale_rows = {}
+    for spec in expected_matrices(header.config):
+        shape = frame.entries[f"{spec.name}.scales"].shape
+        if len(shape) != 2 or shape[0] not in (1, levels):
+            raise ValueError(f"{spec.name}.scales has shape {list(shape)}; it needs 1 or {levels} rows")
+        scale_rows[spec.name] = shape[0]
+    expected = layout(header.config, header.max_bits, scale_rows)
+    for wanted in expected:
+        entry = frame.entries[wanted.name]
+        if entry != wanted:
+            raise ValueError(f"tensor {wanted.name} is {_describe(entry)}, expected {_describe(wanted)}")
+    unknown = set(frame.entries) - {wanted.name for wanted in expected}
+    if unknown:
+        raise ValueError(f"unknown tensors: {', '.join(sorted(unknown)[:5])}")
+
+
+def _describe(entry: TensorEntry) -> str:
+    return f"{entry.dtype} {list(entry.shape)} at {entry.begin:,}"
+
+
+def _check_digests(frame: SafetensorsHeader) -> None:
+    digests = _json(frame.metadata, "digests", dict)
+    if set(digests) != set(frame.entries):
+        raise ValueError("digests are not those of the tensors in the file")
+    for name, digest in digests.items():
+        if not isinstance(digest, str) or not re.fullmatch(rf"[0-9a-f]{{{DIGEST_DIGITS}}}", digest):
+            raise ValueError(f"digest of {name} is not {DIGEST_DIGITS} hex digits")
+
+
+def _json(metadata: dict[str, str], key: str, kind: type) -> Any:
+    try:
+        value = json.loads(metadata[key])
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{key} is not valid JSON: {error}") from error
+    if not isinstance(value, kind):
+        raise TypeError(f"{key} is not a JSON {'object' if kind is dict else 'list'}")
+    return value
+
+
+def _integer(name: str, value: Any, least: int, most: int) -> None:
+    if type(value) is not int:
+        raise TypeError(f"{name} {value!r} is not an integer")
+    if not least <= value <= most:
+        raise ValueError(f"{name} {value} is outside {least}..{most}")
+
+
+def _positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} {value!r} is not a number")
+    if not (math.isfinite(cast("float", value)) and value > 0):
+        raise ValueError(f"{name} {value} is not a finite number above 0")
