@@ -64,9 +64,9 @@ void attention(const float* qkv, const QkvRows& rows, const KvView& kv, int64_t 
   const Plan plan = plan_items(rows.tokens * kv.kv_heads, 2 * num_entries * group * kv.head_dim, num_threads());
   const int64_t items = rows.tokens * kv.kv_heads;
   parallel_for(items, plan.chunk, plan.threads, [&](int64_t begin, int64_t end) {
-    thread_local std::vector<float> scores;
-    scores.resize(std::max<size_t>(scores.size(), group * num_entries));
-    const AttentionArgs args{qkv, rows.width, kv, rows.heads, position, scale, out, scores.data()};
+    thread_local std::vector<float> scratch;
+    scratch.resize(std::max<size_t>(scratch.size(), attention_scratch(group, num_entries, kv.head_dim)));
+    const AttentionArgs args{qkv, rows.width, kv, rows.heads, position, scale, out, scratch.data()};
     for (int64_t i = begin; i < end; ++i) {
       // Tokens of one KV head follow each other, so that its keys and values stay in the cache.
       table.attention(args, i % rows.tokens, i / rows.tokens);

@@ -14,17 +14,17 @@ struct PlanesView {
   int64_t rows;                  // out_features
   int64_t cols;                  // in_features rounded up to a multiple of 64
   int bits;                      // planes to read, 1..8
-  const int8_t* table;           // 2^bits values in code order
+  const int8_t* table;           // 2^bits values in code order, 64-byte aligned, zeros up to 256 bytes
   const float* row_scale;        // (rows)
   float level_scale;
-  const float* bias;             // (rows) or null
+  const float* bias;  // (rows) or null
 };
 
 // Rows of activations as int8 with one scale each.
 struct ActivationsView {
-  const int8_t* q;       // (tokens, cols), columns past in_features are zero
-  const float* scale;    // (tokens)
-  const int32_t* sum;    // (tokens) sum of q
+  const int8_t* q;     // (tokens, cols), columns past in_features are zero
+  const float* scale;  // (tokens)
+  const int32_t* sum;  // (tokens) sum of q
   int64_t tokens;
 };
 
@@ -46,15 +46,21 @@ struct KvView {
 };
 
 struct AttentionArgs {
-  const float* q;       // (tokens, heads, head_dim), after RoPE; row stride q_stride floats
+  const float* q;  // (tokens, heads, head_dim), after RoPE; row stride q_stride floats
   int64_t q_stride;
   KvView kv;
   int64_t heads;
-  int64_t position;     // of the first token; token t sees the entries 0 .. position + t
+  int64_t position;  // of the first token; token t sees the entries 0 .. position + t
   float scale;
-  float* out;           // (tokens, heads * head_dim)
-  float* scores;        // scratch of this thread: (heads / kv_heads) * (position + tokens) floats
+  float* out;      // (tokens, heads * head_dim)
+  float* scratch;  // of this thread: attention_scratch() floats
 };
+
+// Floats of scratch: for each head of a group its padded scores, its padded query and a factor; sixteen padded keys.
+inline int64_t attention_scratch(int64_t group, int64_t num_entries, int64_t head_dim) {
+  const int64_t entries = (num_entries + 15) / 16 * 16, row = (head_dim + 15) / 16 * 16;
+  return group * (entries + row + 1) + 16 * row;
+}
 
 struct Kernels {
   const char* name;

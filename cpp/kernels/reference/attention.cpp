@@ -42,7 +42,7 @@ void rope(float* head, int64_t half, const float* cos, const float* sin) {
 
 void attend(const float* q, const AttentionArgs& args, int64_t kv_head, int64_t num_entries, float* out) {
   const KvView& kv = args.kv;
-  float* w = args.scores;
+  float* w = args.scratch;
   float max = -std::numeric_limits<float>::infinity();
   for (int64_t t = 0; t < num_entries; ++t) {
     w[t] = dot16(q, Entry{kv.keys, kv.type, entry_offset(kv, kv_head, t)}, kv.head_dim) * args.scale;

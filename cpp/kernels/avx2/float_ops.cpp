@@ -1,0 +1,29 @@
+// The float operations of the avx2 table.
+#include "kernels/avx2/avx2.hpp"
+#include "kernels/avx2/vec16.hpp"
+#include "kernels/common/attention.hpp"
+#include "kernels/common/lanes.hpp"
+
+namespace taper::avx2 {
+
+void rms_norm(const float* x, const float* gain, float eps, int64_t n, float* y) {
+  lanes::rms_norm<Vec16>(x, gain, eps, n, y);
+}
+
+void rotate(float* x, const float* signs, int64_t n, int64_t block, bool inverse) {
+  lanes::rotate<Vec16>(x, signs, n, block, inverse);
+}
+
+void swiglu(const float* gate, const float* up, int64_t n, float* y) { lanes::swiglu<Vec16>(gate, up, n, y); }
+
+void exp(const float* x, int64_t n, float* y) { lanes::exp<Vec16>(x, n, y); }
+
+void rope_store(float* qkv, int64_t heads, const KvView& kv, int64_t position, const float* cos, const float* sin) {
+  lanes::rope_store<Vec16>(qkv, heads, kv, position, cos, sin);
+}
+
+void attention(const AttentionArgs& args, int64_t token, int64_t kv_head) {
+  lanes::attention<Vec16>(args, token, kv_head);
+}
+
+}  // namespace taper::avx2

@@ -1,0 +1,94 @@
+// Sixteen floats in one register; kernels/common/lanes.hpp is written over this.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace taper::avx512 {
+
+struct Vec16 {
+  using F = __m512;
+  static constexpr int kDots = 16;    // dot products that one tree reduction finishes together
+  static constexpr int kRows = 16;    // keys that accumulate in registers together
+  static constexpr int kHeads = 4;    // query heads and
+  static constexpr int kVectors = 4;  // vectors of a value that a block of the weighted sum keeps in registers
+
+  static __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
+
+  static F zero() { return _mm512_setzero_ps(); }
+  static F set(float x) { return _mm512_set1_ps(x); }
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static F load(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  // The first n < 16 elements, zeros after them.
+  static F load_first(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first(n), p); }
+  static F load_first(const uint16_t* p, int64_t n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p)); }
+  static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+  static void store(uint16_t* p, F x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+  }
+  static void store_first(float* p, F x, int64_t n) { _mm512_mask_storeu_ps(p, first(n), x); }
+  static void store_first(uint16_t* p, F x, int64_t n) {
+    _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+  }
+
+  static void store_dots(float* p, F x) { _mm512_storeu_ps(p, x); }  // kDots floats
+
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }
+  static F max(F a, F b) { return _mm512_max_ps(a, b); }  // a > b ? a : b
+  static F min(F a, F b) { return _mm512_min_ps(a, b); }  // a < b ? a : b
+  static F rint(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static F zero_where_less(F x, F limit, F y) {  // x < limit ? 0 : y
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, limit, _CMP_NLT_UQ), y);
+  }
+  static F power_of_two(F n) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
+  }
+
+  // (a, b) -> (a + b, a - b) on lanes that are S apart.
+  template <int S>
+  static F butterfly(F x) {
+    constexpr int upper = S == 1 ? 0xaaaa : S == 2 ? 0xcccc : S == 4 ? 0xf0f0 : 0xff00;
+    F swapped;
+    if constexpr (S == 1) swapped = _mm512_permute_ps(x, 0xb1);
+    if constexpr (S == 2) swapped = _mm512_permute_ps(x, 0x4e);
+    if constexpr (S == 4) swapped = _mm512_shuffle_f32x4(x, x, 0xb1);
+    if constexpr (S == 8) swapped = _mm512_shuffle_f32x4(x, x, 0x4e);
+    return _mm512_mask_sub_ps(_mm512_add_ps(x, swapped), upper, swapped, x);
+  }
+
+  static float tree(F x) {
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  }
+
+  // tree() of sixteen rows at once: each step halves the rows and the lanes that a row still has.
+  static F trees(const F (&rows)[kDots]) {
+    F eights[8], fours[4], twos[2];
+    for (int i = 0; i < 8; ++i) {
+      eights[i] = _mm512_add_ps(_mm512_shuffle_f32x4(rows[i], rows[i + 8], 0x44),
+                                _mm512_shuffle_f32x4(rows[i], rows[i + 8], 0xee));
+    }
+    for (int i = 0; i < 4; ++i) {
+      fours[i] = _mm512_add_ps(_mm512_shuffle_f32x4(eights[i], eights[i + 4], 0x88),
+                               _mm512_shuffle_f32x4(eights[i], eights[i + 4], 0xdd));
+    }
+    for (int i = 0; i < 2; ++i) {
+      twos[i] = _mm512_add_ps(_mm512_shuffle_ps(fours[i], fours[i + 2], 0x44),
+                              _mm512_shuffle_ps(fours[i], fours[i + 2], 0xee));
+    }
+    const F sums = _mm512_add_ps(_mm512_shuffle_ps(twos[0], twos[1], 0x88), _mm512_shuffle_ps(twos[0], twos[1], 0xdd));
+    // 128-bit group g, place k holds row 8 * (g & 1) + 4 * (g >> 1) + 2 * (k & 1) + (k >> 1).
+    const __m512i order = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
+    return _mm512_permutexvar_ps(order, sums);
+  }
+};
+
+}  // namespace taper::avx512
