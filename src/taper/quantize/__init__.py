@@ -1,0 +1,18 @@
+"""From float checkpoints to nested planes: calibration, codebook, solver, pipeline."""
+
+from taper.quantize.codebook import NestedCodebook, gaussian_codebook
+from taper.quantize.pipeline import Progress, QuantizeOptions, QuantizeReport, StoppedError, quantize
+from taper.quantize.solver import Solution, SolverOptions, solve
+
+__all__ = [
+    "NestedCodebook",
+    "Progress",
+    "QuantizeOptions",
+    "QuantizeReport",
+    "Solution",
+    "SolverOptions",
+    "StoppedError",
+    "gaussian_codebook",
+    "quantize",
+    "solve",
+]

@@ -1,0 +1,149 @@
+"""Second moments of every layer's inputs: the float model reads calibration text, one layer at a time.
+
+Hidden states of all calibration tokens are kept, and the weights and moments of one layer only, so memory is
+bounded by tokens x hidden plus one layer however deep the model is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from taper.errors import UsageError
+from taper.formats.huggingface import HfCheckpoint
+from taper.kernels import rms_norm, rotate
+from taper.kvcache import KvCache
+from taper.layers.attention import Attention
+from taper.layers.linear import Before, FloatLinear, Norm, Swiglu
+from taper.layers.rope import Rope, context_length
+from taper.models.block import Block, Step
+from taper.models.families import matrix_sources, read_final_norm, read_matrix
+from taper.models.parts import FLOAT_BITS
+from taper.tokenizer import Tokenizer
+
+Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
+Int32 = NDArray[np.int32]
+
+SEQUENCE_TOKENS = 512
+# English gives 3 to 5 characters a token; a window of 12 fills a sequence in any usual tokenizer.
+_CHARACTERS_PER_TOKEN = 12
+
+
+def sample_tokens(checkpoint: HfCheckpoint, text: str, num_tokens: int) -> Int32:
+    """Evenly spaced passages of a text as int32 (sequences, tokens), about `num_tokens` in all.
+
+    Each passage begins as the tokenizer begins a text (with its beginning-of-text token where it has one). A
+    short text gives fewer tokens.
+
+    Raises:
+        UsageError: the checkpoint has no tokenizer, or the text less than two tokens.
+    """
+    if checkpoint.tokenizer_json is None:
+        raise UsageError(
+            f"{checkpoint.folder} has no tokenizer.json, so text cannot be read",
+            hint="add the model's tokenizer.json",
+        )
+    tokenizer = Tokenizer(checkpoint.tokenizer_json)
+    length = min(SEQUENCE_TOKENS, context_length(checkpoint.config))
+    passages = max(1, num_tokens // length)
+    starts = np.linspace(0, len(text), passages, endpoint=False).astype(int)
+    window = length * _CHARACTERS_PER_TOKEN
+    ids = [token for start in starts for token in tokenizer.encode(text[start : start + window])[:length]]
+    if len(ids) < 2:
+        raise UsageError(
+            f"calibration text has {len(ids)} tokens; at least 2 are needed", hint="give a longer text"
+        )
+    length = min(length, len(ids))
+    return np.array(ids[: len(ids) // length * length], dtype=np.int32).reshape(-1, length)
+
+
+@dataclass(slots=True)
+class Moments:
+    """Running second moments of one matrix's inputs: the sum is float64, each sequence's product float32."""
+
+    total: Float64
+    num_tokens: int = 0
+
+    def add(self, x: Float32) -> None:
+        """Count rows of float32 (tokens, in_features)."""
+        self.total += x.T @ x
+        self.num_tokens += len(x)
+
+    def rotated(self, signs: Float32, block: int) -> Float64:
+        """R E[x x^T] R^T, float64 (in_features, in_features)."""
+        mean = (self.total / self.num_tokens).astype(np.float32)
+        half = rotate(mean, signs, block)
+        full = rotate(np.ascontiguousarray(half.T), signs, block).astype(np.float64)
+        return 0.5 * (full + full.T)
+
+
+class CalibrationRun:
+    """The float model's walk over the calibration tokens, one layer a step.
+
+    Args:
+        checkpoint: the float model.
+        tokens: int32 (sequences, tokens).
+    """
+
+    def __init__(self, checkpoint: HfCheckpoint, tokens: Int32) -> None:
+        self._checkpoint = checkpoint
+        self._config = checkpoint.config
+        self._sources = {source.name: source for source in matrix_sources(self._config)}
+        self._rope = Rope(self._config)
+        self._tokens = tokens
+        self._hidden: Float32 | None = None
+        self._next = 0
+
+    def layer(self, index: int, observe: bool = True) -> dict[str, Moments]:
+        """Run layer `index`, the one after the last run. Moments by matrix name; none where not observed."""
+        if index != self._next:
+            raise ValueError(f"layer {index} asked for, layer {self._next} is next")
+        hidden = self._hidden_states()
+        block, moments = self._block(index), {}
+        for name in (f"layers.{index}.{part}" for part in ("qkv", "o", "gate_up", "down")):
+            if observe:
+                size = self._sources[name].in_features
+                moments[name] = Moments(np.zeros((size, size)))
+        length = hidden.shape[1]
+        cos, sin = self._rope.tables(length, length)
+        step = Step(0, cos, sin, FLOAT_BITS, (lambda name, x: moments[name].add(x)) if observe else None)
+        cache = KvCache(1, self._config.num_kv_heads, length, self._config.head_dim, np.float32)
+        for sequence in hidden:
+            sequence[:] = block(np.ascontiguousarray(sequence), cache.layers[0], step)
+        self._next += 1
+        return moments
+
+    def head(self) -> Moments:
+        """Moments of the head's input, after the last layer."""
+        if self._next != self._config.num_layers:
+            raise ValueError(f"layer {self._next} has not run")
+        gain = read_final_norm(self._checkpoint)
+        moments = Moments(np.zeros((self._config.hidden_size,) * 2))
+        for sequence in self._hidden_states():
+            moments.add(rms_norm(sequence, gain, self._config.rms_norm_eps))
+        return moments
+
+    def _hidden_states(self) -> Float32:
+        if self._hidden is None:
+            embed, _ = read_matrix(self._checkpoint, self._sources["embed"])
+            self._hidden = embed[self._tokens]
+        return self._hidden
+
+    def _block(self, index: int) -> Block:
+        norm = Norm(self._config.rms_norm_eps)
+        name = f"layers.{index}"
+
+        def linear(part: str, before: Before) -> FloatLinear:
+            return FloatLinear(*read_matrix(self._checkpoint, self._sources[f"{name}.{part}"]), before)
+
+        return Block(
+            name=name,
+            qkv=linear("qkv", norm),
+            o=linear("o", None),
+            gate_up=linear("gate_up", norm),
+            down=linear("down", Swiglu()),
+            attention=Attention(self._config.num_heads, self._config.head_dim),
+        )

@@ -1,0 +1,275 @@
+"""From a Hugging Face checkpoint to a `.taper` file, resumable at every matrix."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import taper
+from taper.errors import TaperError, UsageError
+from taper.formats.huggingface import HfCheckpoint
+from taper.formats.spec import FINAL_NORM, Codebook, MatrixSpec, PlanedMatrix, TaperHeader, expected_matrices
+from taper.formats.text import read_text
+from taper.formats.writer import write_taper
+from taper.kernels import pack_planes, rotate
+from taper.models.families import MatrixSource, matrix_sources, read_final_norm, read_matrix
+from taper.quantize.calibrate import CalibrationRun, Moments, sample_tokens
+from taper.quantize.codebook import NestedCodebook, gaussian_codebook
+from taper.quantize.shards import ShardFolder
+from taper.quantize.solver import SolverOptions, solve
+
+Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
+Int32 = NDArray[np.int32]
+
+
+class StoppedError(TaperError):
+    """The user stopped the work; what is finished is kept."""
+
+    exit_code = 130  # 128 + SIGINT, as shells report it
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far the work is.
+
+    Attributes:
+        stage: `calibrate`, `solve` or `write`.
+        name: the matrix or layer in work.
+        done_frac: finished share of all the work, 0..1.
+        eta_s: seconds that remain at the present pace; None while there is no pace yet.
+    """
+
+    stage: str
+    name: str
+    done_frac: float
+    eta_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeOptions:
+    """Options of `quantize`; the defaults were measured (docs/quantization.md).
+
+    Attributes:
+        bits: least width that may be read, and number of planes.
+        calibration_tokens: about how many tokens of the calibration text are read.
+        seed: of the rotation signs.
+        solver: see `SolverOptions`.
+    """
+
+    bits: tuple[int, int] = (2, 8)
+    calibration_tokens: int = 32768
+    seed: int = 0
+    solver: SolverOptions = field(default_factory=SolverOptions)
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeReport:
+    """What came out.
+
+    Attributes:
+        path: the file.
+        calibration_tokens: tokens that were read.
+        relative_errors: matrix name to the relative output error of each width, from the least width up.
+        seconds: wall time of this run; a resumed run counts its own part.
+    """
+
+    path: Path
+    calibration_tokens: int
+    relative_errors: dict[str, list[float]]
+    seconds: float
+
+
+def quantize(
+    hf_dir: str | Path,
+    out: str | Path,
+    *,
+    calibration: str | Path,
+    options: QuantizeOptions | None = None,
+    card: dict[str, Any] | None = None,
+    policies: dict[str, str] | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> QuantizeReport:
+    """Quantise a checkpoint to nested planes.
+
+    Finished matrices are kept in `OUT.partial/` until the file is whole; the same call after a stop goes on
+    from there and gives the same bytes.
+
+    Args:
+        hf_dir: folder of a Hugging Face checkpoint with safetensors and tokenizer.json.
+        out: the `.taper` file to write; an old one is replaced once the new one is whole.
+        calibration: text (.txt or .txt.xz) that resembles what the model will read.
+        options: widths, seed and solver.
+        card: the quality card to store.
+        policies: named precision policies to store.
+        progress: called after each piece of work.
+
+    Raises:
+        UsageError: an option, a path or a text that cannot be used, or an unsupported model.
+        CorruptFileError: a checkpoint with values that are not finite or that contradicts its configuration.
+        StoppedError: on Ctrl-C; says where to go on.
+    """
+    begin = time.perf_counter()
+    options = options or QuantizeOptions()
+    out = Path(out)
+    if out.is_dir() or not out.parent.is_dir():
+        raise UsageError(
+            f"{out} is a folder or lies in no folder", hint="name a file in a folder that exists"
+        )
+    checkpoint = HfCheckpoint.open(hf_dir)
+    tokens = sample_tokens(checkpoint, read_text(calibration), options.calibration_tokens)
+    codebook = gaussian_codebook(*options.bits)
+    provenance = _provenance(checkpoint, tokens, options)
+    shards = ShardFolder(out.with_name(f"{out.name}.partial"), provenance)
+    job = _Job(checkpoint, tokens, codebook, options, shards, _Meter(progress, checkpoint))
+    try:
+        job.run()
+        job.write(out, provenance, card or {}, policies or {})
+    except KeyboardInterrupt:
+        raise StoppedError(
+            f"stopped; finished matrices are kept in {shards.path}", hint="run the same command to go on"
+        ) from None
+    errors = {spec.name: shards.errors(spec.name) for spec in job.specs}
+    shards.remove()
+    return QuantizeReport(out, tokens.size, errors, time.perf_counter() - begin)
+
+
+@dataclass(slots=True)
+class _Job:
+    checkpoint: HfCheckpoint
+    tokens: Int32
+    codebook: NestedCodebook
+    options: QuantizeOptions
+    shards: ShardFolder
+    meter: _Meter
+    specs: list[MatrixSpec] = field(init=False)
+    sources: dict[str, MatrixSource] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.specs = expected_matrices(self.checkpoint.config)
+        self.sources = {source.name: source for source in matrix_sources(self.checkpoint.config)}
+
+    def run(self) -> None:
+        """Solve every matrix that has no shard yet: layer by layer, then embedding and head."""
+        walk = CalibrationRun(self.checkpoint, self.tokens)
+        config = self.checkpoint.config
+        head = "embed" if config.tie_word_embeddings else "head"
+        if not config.tie_word_embeddings:
+            # A look-up sees one column of the identity at a time: nothing is known but that all weights count
+            # alike.
+            self._solve_missing("embed", lambda spec: np.eye(spec.in_features))
+        unfinished = [spec.name for spec in self.specs if not self.shards.holds(spec.name)]
+        for index in range(config.num_layers):
+            if not unfinished or (unfinished == [head] and self.shards.holds(head)):
+                return
+            names = [name for name in unfinished if name.startswith(f"layers.{index}.")]
+            moments = walk.layer(index, observe=bool(names))
+            self.meter.advance("calibrate", f"layers.{index}", 0)
+            for name in names:
+                self._solve_missing(name, self._rotated(moments[name], name))
+        if head in unfinished:
+            self._solve_missing(head, self._rotated(walk.head(), head))
+
+    def _rotated(self, moments: Moments, name: str) -> Callable[[MatrixSpec], Float64]:
+        return lambda spec: moments.rotated(self._signs(spec), spec.block)
+
+    def _solve_missing(self, name: str, moments: Callable[[MatrixSpec], Float64]) -> None:
+        index = next(i for i, spec in enumerate(self.specs) if spec.name == name)
+        spec = self.specs[index]
+        if self.shards.holds(name):
+            return
+        weights, _ = read_matrix(self.checkpoint, self.sources[name])
+        rotated = rotate(weights, self._signs(spec), spec.block)
+        before = 0
+
+        def on_rows(rows: int) -> None:
+            nonlocal before
+            self.meter.advance("solve", name, (rows - before) * _row_work(spec))
+            before = rows
+
+        solution = solve(rotated, moments(spec), self.codebook, self.options.solver, on_rows)
+        planes = pack_planes(solution.codes, self.codebook.max_bits)
+        self.shards.save(name, planes, solution.scales, solution.relative_errors)
+
+    def _signs(self, spec: MatrixSpec) -> Float32:
+        index = next(i for i, other in enumerate(self.specs) if other.name == spec.name)
+        generator = np.random.default_rng([self.options.seed, index])
+        return generator.choice(np.array([-1, 1], dtype=np.float32), spec.in_features)
+
+    def write(
+        self, out: Path, provenance: dict[str, Any], card: dict[str, Any], policies: dict[str, str]
+    ) -> None:
+        """Write the file from the shards."""
+        self.meter.advance("write", out.name, 0)
+        levels = self.codebook.levels
+        header = TaperHeader(
+            config=self.checkpoint.config,
+            min_bits=self.codebook.min_bits,
+            max_bits=self.codebook.max_bits,
+            codebook=Codebook({l.bits: l.values for l in levels}, {l.bits: l.scale for l in levels}),
+            tokenizer_json=self.checkpoint.tokenizer_json,
+            chat_template=self.checkpoint.chat_template,
+            policies=policies,
+            card=card,
+            provenance=provenance,
+        )
+        write_taper(out, header, self._matrices, {FINAL_NORM: read_final_norm(self.checkpoint)})
+
+    def _matrices(self) -> Iterator[PlanedMatrix]:
+        for spec in self.specs:
+            biases = [self.checkpoint.tensor(name) for name in self.sources[spec.name].biases]
+            yield PlanedMatrix(
+                spec=spec,
+                planes=self.shards.planes(spec.name, self.codebook.max_bits),
+                scales=self.shards.scales(spec.name),
+                bias=np.concatenate(biases) if biases else None,
+                signs=self._signs(spec),
+            )
+
+
+class _Meter:
+    """Work done, in products of the solver, and the time that is left at the present pace."""
+
+    def __init__(self, report: Callable[[Progress], None] | None, checkpoint: HfCheckpoint) -> None:
+        self._report = report
+        self._total = float(
+            sum(spec.out_features * _row_work(spec) for spec in expected_matrices(checkpoint.config))
+        )
+        self._done = 0.0
+        self._begin = time.perf_counter()
+
+    def advance(self, stage: str, name: str, work: float) -> None:
+        """Count work and report."""
+        self._done += work
+        if self._report is None:
+            return
+        elapsed = time.perf_counter() - self._begin
+        remaining = self._total - self._done
+        eta_s = elapsed * remaining / self._done if self._done else None
+        self._report(Progress(stage, name, self._done / self._total, eta_s))
+
+
+def _row_work(spec: MatrixSpec) -> int:
+    return spec.in_features**2
+
+
+def _provenance(checkpoint: HfCheckpoint, tokens: Int32, options: QuantizeOptions) -> dict[str, Any]:
+    """Everything that the codes depend on: unfinished work is only taken up when all of it agrees."""
+    return {
+        "method": "rotated nested codebook, joint error feedback, coordinate descent",
+        "version": taper.__version__,
+        "checkpoint_sha256": checkpoint.fingerprint,
+        "bits": list(options.bits),
+        "seed": options.seed,
+        "calibration_tokens": int(tokens.size),
+        "calibration_sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
+        "solver": dataclasses.asdict(options.solver),
+    }

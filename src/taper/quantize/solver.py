@@ -1,0 +1,149 @@
+"""Nested codes of one matrix: GPTQ's error feedback at every width at once, then coordinate descent.
+
+For rotated weights W and second moments H of the rotated inputs, the squared error of a layer's output at b
+bits is tr((W - Q_b) H (W - Q_b)^T). The solver minimises sum_b importance_b times that, over the codes that
+all widths share:
+
+1. A sweep over the columns (GPTQ, arXiv 2210.17323, algorithm 1) in which every width keeps its own
+   compensated copy of the columns to come; the code of a weight is the leaf with the least weighted sum of
+   squared errors.
+2. Passes of coordinate descent: each width's target for a column is its own value plus the column of (W -
+   Q_b) H divided by H_jj. Before each pass every width's row scales are fitted by least squares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from taper.errors import TaperError, UsageError
+from taper.kernels import _native
+from taper.quantize.codebook import NestedCodebook
+
+Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
+
+# Rows of one native call: a second or so at 4096 columns, so that progress shows and Ctrl-C is heard.
+_CALL_ROWS = 512
+_FLOAT16_MAX = 65504.0
+
+
+@dataclass(frozen=True, slots=True)
+class SolverOptions:
+    """What the solver weighs and how long it works; the defaults were measured (docs/quantization.md).
+
+    Attributes:
+        importance_base: a width's error counts importance_base**bits times; 1 favours few bits, 4 many.
+        damping: added to the diagonal of H, as a share of its mean.
+        passes: coordinate-descent passes after the sweep.
+        refit_scales: fit the row scales of each width by least squares.
+    """
+
+    importance_base: float = 2.0
+    damping: float = 0.01
+    passes: int = 2
+    refit_scales: bool = True
+
+    def __post_init__(self) -> None:
+        if not (np.isfinite(self.importance_base) and self.importance_base > 0):
+            raise UsageError(f"importance base {self.importance_base} is not a positive number")
+        if not (np.isfinite(self.damping) and self.damping > 0):
+            raise UsageError(
+                f"damping {self.damping} is not a positive number", hint="0.01 suits most models"
+            )
+        if self.passes < 0:
+            raise UsageError(f"passes {self.passes} is negative")
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """Codes of one matrix.
+
+    Attributes:
+        codes: uint8 (out_features, in_features), max_bits wide.
+        scales: float16 (levels, out_features), a row for each width from min_bits up.
+        relative_errors: for each width, output error over output energy, both summed over all rows.
+    """
+
+    codes: NDArray[np.uint8]
+    scales: NDArray[np.float16]
+    relative_errors: tuple[float, ...]
+
+
+def solve(
+    weights: Float32,
+    moments: Float64,
+    codebook: NestedCodebook,
+    options: SolverOptions,
+    on_rows: Callable[[int], None] | None = None,
+) -> Solution:
+    """Choose nested codes and row scales. The result does not depend on the number of threads.
+
+    Args:
+        weights: float32 (out_features, in_features), rotated, finite.
+        moments: float64 (in_features, in_features), E[x x^T] of the rotated inputs; only its shape matters,
+            not its size.
+        codebook: values of the widths.
+        options: see `SolverOptions`.
+        on_rows: called with the number of rows done, now and then.
+
+    Raises:
+        TaperError: a row's scale is beyond float16.
+    """
+    hessian, factor = factorise(moments, options.damping)
+    levels = codebook.levels
+    values = np.concatenate([level.reals for level in levels])
+    importance = np.array([options.importance_base ** (level.bits - codebook.min_bits) for level in levels])
+    scales = np.repeat(_row_scales(weights)[None, :], len(levels), axis=0)
+    codes = np.empty(weights.shape, dtype=np.uint8)
+    errors = np.zeros(len(levels))
+    for begin in range(0, len(weights), _CALL_ROWS):
+        rows = slice(begin, begin + _CALL_ROWS)
+        codes[rows], scales[:, rows], part = _native.solve_nested(
+            np.ascontiguousarray(weights[rows]),
+            hessian,
+            factor,
+            values,
+            importance.astype(np.float32),
+            np.ascontiguousarray(scales[:, rows]),
+            codebook.min_bits,
+            codebook.max_bits,
+            options.passes,
+            options.refit_scales,
+        )
+        errors += part.sum(axis=1, dtype=np.float64)
+        if on_rows is not None:
+            on_rows(min(begin + _CALL_ROWS, len(weights)))
+    energy = float(np.einsum("ij,ij->", weights @ hessian, weights, dtype=np.float64))
+    relative = tuple(float(error / energy) if energy > 0 else 0.0 for error in errors)
+    return Solution(codes, scales.astype(np.float16), relative)
+
+
+def factorise(moments: Float64, damping: float) -> tuple[Float32, Float32]:
+    """The damped second moments H, scaled to a mean diagonal of 1, and the upper U with U^T U = H^-1.
+
+    From H = M M^T with M upper triangular (a Cholesky factor of H turned round), U = M^-1: no inverse of H is
+    formed.
+    """
+    mean = float(np.trace(moments)) / len(moments)
+    hessian = moments / mean if mean > 0 else np.zeros_like(moments)
+    hessian[np.diag_indices_from(hessian)] += damping
+    upper = np.linalg.cholesky(hessian[::-1, ::-1])[::-1, ::-1]
+    factor = np.triu(np.linalg.inv(upper))
+    return hessian.astype(np.float32), np.ascontiguousarray(factor, dtype=np.float32)
+
+
+def _row_scales(weights: Float32) -> Float32:
+    """Root mean square of each row, rounded to float16: the codebook is that of the unit Gaussian."""
+    scales: Float64 = np.sqrt(np.mean(np.square(weights, dtype=np.float64), axis=1))
+    row = int(np.argmax(scales))
+    if not scales[row] <= _FLOAT16_MAX:
+        raise TaperError(
+            f"row {row} has a root mean square of {scales[row]:.3g}; its float16 scale holds {_FLOAT16_MAX:.0f}",
+            hint="the checkpoint is damaged or is no trained model",
+        )
+    rounded: Float32 = scales.astype(np.float16).astype(np.float32)
+    return rounded
