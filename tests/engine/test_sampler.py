@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from taper.engine import SamplingParams
-from taper.engine.sampler import Sampler, descending, distribution, log_softmax, logit_features
+from taper.engine.sampler import Sampler, candidates, descending, log_softmax, logit_features, pick
 from taper.errors import TaperError, UsageError
 
 # The specified exp and float32 division are within 4 units in the last place; sums are float64.
@@ -25,6 +25,14 @@ LOGITS = st.lists(
 
 def f32(*values: float) -> np.ndarray:
     return np.array(values, np.float32)
+
+
+def distribution(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens that can be drawn and their exact probabilities."""
+    ids, weights = candidates(logits, params)
+    ids = np.arange(len(logits)) if ids is None else ids
+    weights = weights.astype(np.float64)
+    return ids[weights > 0], weights[weights > 0] / weights.sum()
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -152,6 +160,30 @@ def test_a_draw_inverts_the_cumulative_distribution():
     sampler = Sampler(SamplingParams(temperature=1.0), 3, (), 0)
     sampler._random = FixedUniform(0.0, 0.2499, 0.2501, 0.7499, 0.7501, 1 - 2**-53)
     assert [sampler.sample(logits).token_id for _ in range(6)] == [0, 0, 1, 1, 2, 2]
+
+
+@QUICK
+@given(
+    st.lists(st.one_of(st.integers(0, 3), st.just(0)), min_size=1, max_size=40).filter(any),
+    st.integers(1, 30),
+    st.floats(0, 1, exclude_max=True),
+)
+def test_pick_is_the_running_sum_whatever_the_blocks(counts, repeat, uniform):
+    """Small whole numbers make every sum exact, so the answer is exact too, across many blocks."""
+    weights = np.repeat(np.array(counts, np.float32), repeat)
+    target = uniform * float(weights.sum(dtype=np.float64))
+    running = np.cumsum(weights, dtype=np.float64)
+    assert pick(weights, uniform) == int(np.flatnonzero(running > target)[0])
+
+
+@QUICK
+@given(st.integers(0, 2**32), st.sampled_from([1, 255, 256, 257, 5000]))
+def test_pick_never_takes_a_weight_of_zero(seed, size):
+    generator = np.random.default_rng(seed)
+    weights = (generator.random(size) * (generator.random(size) < 0.3)).astype(np.float32)
+    weights[generator.integers(size)] = 1e-30
+    for uniform in (0.0, 0.5, 1 - 2**-53, 1 - 2**-30):
+        assert weights[pick(weights, uniform)] > 0
 
 
 def test_frequencies_follow_the_distribution():

@@ -18,6 +18,7 @@ Floats = NDArray[np.float32]
 Ids = NDArray[np.intp]
 
 SMALLEST_TEMPERATURE = 1e-30  # a float32 above 0 with room below; already greedy but for ties
+PICK_BLOCK = 256
 FIRST_NUCLEUS = 128  # candidates sorted first for top-p; most nuclei at p <= 0.95 are smaller
 
 
@@ -45,44 +46,64 @@ def descending(values: Floats, at_least: int) -> Ids:
     return ids[np.argsort(-values[ids], kind="stable")]
 
 
-def distribution(logits: Floats, params: SamplingParams) -> tuple[Ids, NDArray[np.float64]]:
+def candidates(logits: Floats, params: SamplingParams) -> tuple[Ids | None, Floats]:
     """Apply temperature, top-k, top-p and min-p.
-
-    The exponential is the specified float32 one and sums run in a fixed order, so a seed draws the same
-    tokens on every machine.
 
     Args:
         logits: float32, (vocab,), penalties and bias already applied; the largest is finite.
         params: with a temperature above 0.
 
     Returns:
-        The tokens that may be drawn and their probabilities (float64, sum 1), both (n,).
+        The tokens that may be drawn (None for the whole vocabulary in order) and their weights: float32
+        numbers proportional to the probabilities, by the specified exponential, so that they are the same on
+        every machine.
     """
     temperature = np.float32(max(params.temperature, SMALLEST_TEMPERATURE))
     with np.errstate(over="ignore"):  # minus infinity has weight 0
         weights = exp((logits - logits.max()) / temperature)
-    ids = descending(weights, params.top_k)[: params.top_k] if params.top_k else np.flatnonzero(weights)
+    ids = None
+    if params.top_k:
+        ids = descending(weights, params.top_k)[: params.top_k]
     if params.top_p < 1:
-        ids = _nucleus(weights, ids, params.top_p)
+        ids = _nucleus(weights, params.top_p) if ids is None else ids[_nucleus(weights[ids], params.top_p)]
     if params.min_p > 0:  # the largest weight is exp(0) = 1
-        ids = ids[weights[ids] >= np.float32(params.min_p)]
-    cumulative = np.cumsum(weights[ids], dtype=np.float64)
-    return ids, weights[ids] / cumulative[-1]
+        floor = np.float32(params.min_p)
+        ids = np.flatnonzero(weights >= floor) if ids is None else ids[weights[ids] >= floor]
+    return ids, weights if ids is None else weights[ids]
 
 
-def _nucleus(weights: Floats, ids: Ids, top_p: float) -> Ids:
-    """The fewest of `ids`, likeliest first, whose share of their total weight is at least `top_p`."""
-    candidates = weights[ids]
-    target = top_p * candidates.sum(dtype=np.float64)
+def _nucleus(weights: Floats, top_p: float) -> Ids:
+    """Indices of the fewest weights, largest first, whose share of the sum is at least `top_p`."""
+    target = top_p * weights.sum(dtype=np.float64)
     count = FIRST_NUCLEUS
     while True:
-        order = descending(candidates, count)
-        reached = np.searchsorted(np.cumsum(candidates[order], dtype=np.float64), target)
-        if reached < len(order):
-            return ids[order[: reached + 1]]
-        if len(order) == len(ids):  # rounding left the whole sum below the target
-            return ids[order]
+        order = descending(weights, count)
+        reached = np.searchsorted(np.cumsum(weights[order], dtype=np.float64), target)
+        if reached < len(order) or count >= len(weights):  # rounding may leave the whole sum below the target
+            return order[: reached + 1]
         count *= 8
+
+
+def pick(weights: Floats, uniform: float) -> int:
+    """Index at which the running sum of the weights passes `uniform` times their sum.
+
+    Sums blocks first and then runs through one block: a running sum over a vocabulary of 32000 alone takes
+    0.1 ms. The sums are float64 and in a fixed order.
+
+    Args:
+        weights: float32, (n,), not all 0.
+        uniform: from 0, below 1.
+    """
+    blocks = np.cumsum(np.add.reduceat(weights, np.arange(0, len(weights), PICK_BLOCK), dtype=np.float64))
+    target = uniform * blocks[-1]
+    block = int(np.searchsorted(blocks, target, side="right"))
+    start = block * PICK_BLOCK
+    rest = target - (blocks[block - 1] if block else 0.0)
+    running = np.cumsum(weights[start : start + PICK_BLOCK], dtype=np.float64)
+    index = int(np.searchsorted(running, rest, side="right"))
+    if index == len(running):  # the block's sum was rounded up, its running sum was not
+        index = int(np.flatnonzero(weights[start : start + PICK_BLOCK])[-1])
+    return start + index
 
 
 def log_softmax(logits: Floats) -> NDArray[np.float64]:
@@ -186,10 +207,10 @@ class Sampler:
             scores[ids] -= np.float32(params.presence_penalty) + np.float32(params.frequency_penalty) * counts
 
     def _draw(self, scores: Floats) -> int:
-        """Invert the cumulative distribution at one uniform number."""
-        ids, probabilities = distribution(scores, self.params)
-        index = int(np.searchsorted(np.cumsum(probabilities), self._random.random(), side="right"))
-        return int(ids[min(index, len(ids) - 1)])  # the last sum may round to just below 1
+        """Draw one of the candidates with one uniform number."""
+        ids, weights = candidates(scores, self.params)
+        index = pick(weights, self._random.random())
+        return index if ids is None else int(ids[index])
 
     def _report(self, token_id: int, logits: Floats) -> SampledToken:
         """Log-probabilities of the raw distribution, likeliest first, ties by id."""
