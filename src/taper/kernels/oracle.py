@@ -1,0 +1,272 @@
+"""docs/numerics.md and docs/format.md a second time, in NumPy: bit exact, slow, used by tests only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Float32 = NDArray[np.float32]
+
+_LANES = 16
+_LEAST_EXPONENT = -100
+
+
+@dataclass(frozen=True, slots=True)
+class OracleActivations:
+    """What `taper.kernels.Activations` holds: q int8 (T, cols), scale float32 (T,), sum int32 (T,)."""
+
+    q: NDArray[np.int8]
+    scale: Float32
+    sum: NDArray[np.int32]
+
+
+def fma(x: Any, y: Any, z: Any) -> Float32:
+    """x * y + z with one rounding to float32.
+
+    The product of two float32 is exact in float64. The sum is rounded to odd there (Boldo and Melquiond,
+    2008): 53 bits are more than 24 + 2, so rounding once more to float32 gives the nearest of the exact sum.
+    """
+    product = np.float64(x) * np.float64(y)
+    addend = np.float64(z)
+    total = np.asarray(product + addend)
+    with np.errstate(invalid="ignore"):
+        part = total - product
+        error = (product - (total - part)) + (addend - part)
+    bits = total.view(np.int64)
+    inexact = np.isfinite(total) & (error != 0) & (bits & 1 == 0)
+    outward = (error > 0) == (total > 0)
+    odd = np.where(inexact, bits + np.where(outward, 1, -1), bits)
+    return odd.view(np.float64).astype(np.float32)
+
+
+def _tree(lanes: Float32) -> Float32:
+    """Sum the last axis of sixteen lanes in the order of `sum16`."""
+    half = _LANES // 2
+    while half >= 1:
+        lanes = lanes[..., :half] + lanes[..., half : 2 * half]
+        half //= 2
+    return lanes[..., 0]
+
+
+def _groups(x: Float32) -> Float32:
+    """Cut the last axis into rows of sixteen; lanes past the end are zeros, which add nothing."""
+    n = x.shape[-1]
+    padded = np.zeros((*x.shape[:-1], -(-n // _LANES) * _LANES), np.float32)
+    padded[..., :n] = x
+    return padded.reshape(*x.shape[:-1], -1, _LANES)
+
+
+def sum16(x: Float32) -> Float32:
+    """Sum of the last axis."""
+    groups = _groups(x)
+    lanes = np.zeros((*x.shape[:-1], _LANES), np.float32)
+    for i in range(groups.shape[-2]):
+        lanes = lanes + groups[..., i, :]
+    return _tree(lanes)
+
+
+def dot16(x: Float32, y: Float32) -> Float32:
+    """Dot products over the last axis."""
+    x, y = np.broadcast_arrays(x, y)
+    left, right = _groups(x), _groups(y)
+    lanes = np.zeros((*x.shape[:-1], _LANES), np.float32)
+    for i in range(left.shape[-2]):
+        lanes = fma(left[..., i, :], right[..., i, :], lanes)
+    return _tree(lanes)
+
+
+def exp(x: Float32) -> Float32:
+    """Elementwise exp32."""
+    bounded = np.clip(x, np.float32(-87), np.float32(88))
+    n = np.rint(bounded * np.float32(1.44269504))
+    r = fma(n, np.float32(-0.693145752), bounded)
+    r = fma(n, np.float32(-1.42860677e-6), r)
+    p = np.full_like(x, np.float32(1 / 720))
+    for coefficient in (1 / 120, 1 / 24, 1 / 6, 1 / 2, 1, 1):
+        p = fma(p, r, np.float32(coefficient))
+    exponent = np.where(np.isnan(x), 0, n).astype(np.int32)
+    y: Float32 = p * ((exponent + 127) << 23).view(np.float32)
+    y[x < -87] = 0
+    return y
+
+
+def rms_norm(x: Float32, gain: Float32 | None, eps: float) -> Float32:
+    """Norm of each row of (T, n)."""
+    mean = dot16(x, x) / np.float32(x.shape[-1])
+    inv = np.float32(1) / np.sqrt(mean + np.float32(eps))
+    y = x * inv[:, None]
+    return y if gain is None else y * gain
+
+
+def rotate(x: Float32, signs: Float32, block: int, inverse: bool = False) -> Float32:
+    """Rotate each row of (T, n), or back."""
+    y = x.copy() if inverse else x * signs
+    s = 1
+    while s < block:
+        pairs = y.reshape(x.shape[0], -1, 2, s)
+        a, b = pairs[:, :, 0].copy(), pairs[:, :, 1].copy()
+        pairs[:, :, 0], pairs[:, :, 1] = a + b, a - b
+        s *= 2
+    y = y * np.float32(1 / np.sqrt(np.float64(block)))
+    return y * signs if inverse else y
+
+
+def quantize(x: Float32, cols: int, magnitude_bits: int = 7) -> OracleActivations:
+    """Turn rows (T, n) into int8 with one power-of-two scale each."""
+    tokens, n = x.shape
+    q = np.zeros((tokens, cols), np.int8)
+    scale = np.ones(tokens, np.float32)
+    limit = 2**magnitude_bits - 1
+    for t in range(tokens):
+        a = np.abs(x[t]).max()
+        if not np.isfinite(a):
+            scale[t] = np.nan
+        elif a != 0:
+            e = _LEAST_EXPONENT
+            while np.rint(np.ldexp(np.float64(a), -e)) > limit:
+                e += 1
+            q[t, :n] = np.rint(np.ldexp(x[t].astype(np.float64), -e))
+            scale[t] = np.ldexp(np.float32(1), e)
+    return OracleActivations(q, scale, q.sum(axis=1, dtype=np.int32))
+
+
+def prepare(
+    x: Float32,
+    *,
+    cols: int,
+    signs: Float32 | None,
+    block: int,
+    eps: float | None = None,
+    gain: Float32 | None = None,
+    magnitude_bits: int = 7,
+) -> OracleActivations:
+    """Norm, rotation, quantisation of rows (T, n)."""
+    y = x if eps is None else rms_norm(x, gain, eps)
+    if signs is not None:
+        y = rotate(y, signs, block)
+    return quantize(y, cols, magnitude_bits)
+
+
+def swiglu(gate_up: Float32) -> Float32:
+    """silu(gate) * up of rows (T, 2n)."""
+    gate, up = np.split(gate_up, 2, axis=1)
+    y: Float32 = gate / (np.float32(1) + exp(-gate)) * up
+    return y
+
+
+def block_order(cols: int) -> NDArray[np.intp]:
+    """For each bit of a row of a plane, byte by byte and lowest first, the column that it belongs to."""
+    order, begin, width = [], 0, 512
+    while begin < cols:
+        if cols - begin < width:
+            width //= 2
+            continue
+        columns = np.arange(begin, begin + width).reshape(8, width // 8)  # [g, j] is column V * g + j
+        order.append(columns.T.ravel())
+        begin += width
+    return np.concatenate(order)
+
+
+def pack_planes(codes: NDArray[np.uint8], parent_bits: int) -> list[NDArray[np.uint8]]:
+    """Cut codes (N, K) into planes, most significant first."""
+    rows, features = codes.shape
+    cols = -(-features // 64) * 64
+    padded = np.zeros((rows, cols), np.uint8)
+    padded[:, :features] = codes
+    shuffled = padded[:, block_order(cols)]
+    return [
+        np.packbits((shuffled >> (parent_bits - 1 - p)) & 1, axis=1, bitorder="little")
+        for p in range(parent_bits)
+    ]
+
+
+def unpack_codes(planes: Sequence[NDArray[np.uint8]], bits: int, in_features: int) -> NDArray[np.uint8]:
+    """The first `bits` bits of every code."""
+    rows, stride = planes[0].shape
+    shuffled = np.zeros((rows, 8 * stride), np.uint8)
+    for plane in planes[:bits]:
+        shuffled = shuffled << 1 | np.unpackbits(plane, axis=1, bitorder="little")
+    codes = np.empty_like(shuffled)
+    codes[:, block_order(8 * stride)] = shuffled
+    return codes[:, :in_features]
+
+
+def matmul(
+    values: NDArray[np.int8],
+    activations: OracleActivations,
+    *,
+    level_scale: float,
+    row_scale: Float32,
+    bias: Float32 | None = None,
+    residual: Float32 | None = None,
+) -> Float32:
+    """A linear layer over the int8 values (N, K) of a level, K the width before padding."""
+    q = activations.q[:, : values.shape[1]].astype(np.int32)
+    acc = (q @ values.astype(np.int32).T).astype(np.float32)
+    alpha = activations.scale * np.float32(level_scale)
+    y = acc * (row_scale[None, :] * alpha[:, None])
+    if bias is not None:
+        y = y + bias
+    return y if residual is None else residual + y
+
+
+def dequantize_rows(values: NDArray[np.int8], level_scale: float, row_scale: Float32) -> Float32:
+    """Rows of int8 values as float32."""
+    return values.astype(np.float32) * (row_scale * np.float32(level_scale))[:, None]
+
+
+def rope_tables(
+    inv_freq: NDArray[np.float64], num_positions: int, attention_factor: float = 1.0
+) -> tuple[Float32, Float32]:
+    """Cosines and sines, (num_positions, D/2)."""
+    angles = np.arange(num_positions, dtype=np.float64)[:, None] * inv_freq
+    cos, sin = np.cos(angles) * attention_factor, np.sin(angles) * attention_factor
+    return cos.astype(np.float32), sin.astype(np.float32)
+
+
+def rope_store(
+    qkv: Float32,
+    heads: int,
+    keys: NDArray[Any],
+    values: NDArray[Any],
+    position: int,
+    cos: Float32,
+    sin: Float32,
+) -> None:
+    """Rotate queries and keys of qkv in place and store keys and values."""
+    tokens = qkv.shape[0]
+    kv_heads, _, dim = keys.shape
+    half, rotated = dim // 2, heads + kv_heads
+    rows = qkv.reshape(tokens, -1, dim)
+    c, s = (table[position : position + tokens, None] for table in (cos, sin))
+    x0, x1 = rows[:, :rotated, :half].copy(), rows[:, :rotated, half:].copy()
+    rows[:, :rotated, :half] = fma(-x1, s, x0 * c)
+    rows[:, :rotated, half:] = fma(x0, s, x1 * c)
+    with np.errstate(over="ignore"):
+        keys[:, position : position + tokens] = rows[:, heads:rotated].transpose(1, 0, 2)
+        values[:, position : position + tokens] = rows[:, rotated:].transpose(1, 0, 2)
+
+
+def attention(
+    qkv: Float32, heads: int, keys: NDArray[Any], values: NDArray[Any], position: int, scale: float
+) -> Float32:
+    """Causal attention; (T, heads * D)."""
+    kv_heads, _, dim = keys.shape
+    rows = qkv.reshape(qkv.shape[0], -1, dim)
+    out = np.zeros((qkv.shape[0], heads, dim), np.float32)
+    for t in range(qkv.shape[0]):
+        for h in range(heads):
+            group = h // (heads // kv_heads)
+            seen = slice(0, position + t + 1)
+            k, v = keys[group, seen].astype(np.float32), values[group, seen].astype(np.float32)
+            scores = dot16(rows[t, h], k) * np.float32(scale)
+            weights = exp(scores - np.fmax.reduce(scores))
+            acc = np.zeros(dim, np.float32)
+            for weight, value in zip(weights, v, strict=True):
+                acc = fma(weight, value, acc)
+            out[t, h] = acc * (np.float32(1) / sum16(weights))
+    return out.reshape(qkv.shape[0], -1)
