@@ -54,7 +54,7 @@ def parse_config(raw: dict[str, Any], generation: dict[str, Any]) -> ModelConfig
         check_config(config)
     except KeyError as error:
         raise CorruptFileError(f"config.json has no {error.args[0]!r}", hint=_FETCH_AGAIN) from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ZeroDivisionError) as error:
         raise CorruptFileError(f"config.json: {error}", hint=_FETCH_AGAIN) from error
     return config
 
@@ -105,15 +105,15 @@ def _given(raw: dict[str, Any], key: str, default: Any) -> Any:
     return default if value is None else value
 
 
-def _head_dim(raw: dict[str, Any], num_heads: int) -> int:
+def _head_dim(raw: dict[str, Any], num_heads: int) -> Any:
     given = raw.get("head_dim")
     if given is not None:
-        return int(given)
+        return given  # check_config refuses what is no integer
     if raw["hidden_size"] % num_heads:
         raise ValueError(
             f"hidden_size {raw['hidden_size']} is not a multiple of num_attention_heads {num_heads}"
         )
-    return int(raw["hidden_size"] // num_heads)
+    return raw["hidden_size"] // num_heads
 
 
 def _rope(raw: dict[str, Any]) -> RopeConfig:
@@ -147,7 +147,7 @@ def _eos(*values: Any) -> tuple[int, ...]:
 def _check_features(raw: dict[str, Any]) -> None:
     if raw.get("quantization_config") is not None:
         raise UsageError(
-            "config.json has a quantization_config: the checkpoint is quantised already; float weights are needed",
+            "config.json has a quantization_config: it is quantised already; float weights are needed",
             hint="use the original float16, bfloat16 or float32 checkpoint",
         )
     activation = raw.get("hidden_act", "silu")

@@ -7,6 +7,7 @@ writer would make.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -182,10 +183,10 @@ def layout(config: ModelConfig, max_bits: int, scale_rows: Mapping[str, int]) ->
 
 def parse_widths(text: str) -> tuple[int, int]:
     """MIN-MAX or one number, as in 2-8. Raises UsageError for anything else."""
-    low, _, high = text.partition("-")
-    if not low.isdigit() or not (high or low).isdigit():
+    found = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", text)
+    if found is None:
         raise UsageError(f"bits {text!r} is not of the form MIN-MAX, as in 2-8")
-    widths = int(low), int(high or low)
+    widths = int(found[1]), int(found[2] or found[1])
     if not 1 <= widths[0] <= widths[1] <= MAX_BITS:
         raise UsageError(f"bits {text!r} are outside 1 <= MIN <= MAX <= {MAX_BITS}")
     return widths
