@@ -16,6 +16,8 @@ from taper.config import RopeConfig
 from taper.errors import DoesNotFitError, TaperError, UsageError
 from taper.formats.container import TaperFile
 from taper.formats.huggingface import HfCheckpoint
+from taper.formats.spec import FINAL_NORM, PlanedMatrix, TaperHeader
+from taper.formats.writer import write_taper
 from taper.layers.embedding import FloatEmbedding
 from taper.layers.linear import Before, FloatLinear, Linear, Norm, Swiglu
 from taper.models.block import Block
@@ -31,8 +33,22 @@ TOKENS = np.array([0, 17, 299, 4, 4, 120, 33, 250, 1, 77, 62, 5, 180, 9, 211, 40
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> TaperFile:
-    path = tmp_path_factory.mktemp("models") / "tiny.taper"
-    return TaperFile.open(tiny_taper(path, MIN_BITS, MAX_BITS, qkv_bias=True, tie_word_embeddings=False))
+    """Untied, with biases, a gain before the head, and row scales of its own for every width."""
+    folder = tmp_path_factory.mktemp("models")
+    plain = TaperFile.open(
+        tiny_taper(folder / "plain.taper", MIN_BITS, MAX_BITS, qkv_bias=True, tie_word_embeddings=False)
+    )
+    random = np.random.default_rng(3)
+
+    def with_level_scales(matrix: PlanedMatrix) -> PlanedMatrix:
+        factors = random.uniform(0.9, 1.1, (MAX_BITS - MIN_BITS + 1, 1))
+        return replace(matrix, scales=(matrix.scales * factors).astype(np.float16))
+
+    matrices = [with_level_scales(plain.matrix(spec.name)) for spec in plain.matrices]
+    gain = random.uniform(0.5, 1.5, plain.config.hidden_size).astype(np.float32)
+    header = TaperHeader(plain.config, MIN_BITS, MAX_BITS, plain.codebook)
+    write_taper(folder / "file.taper", header, matrices, {FINAL_NORM: gain})
+    return TaperFile.open(folder / "file.taper")
 
 
 @pytest.fixture(scope="module")
@@ -130,20 +146,28 @@ def test_last_is_the_last_row_of_all_and_none_is_nothing(decoder: Decoder) -> No
     assert cache.num_tokens == len(TOKENS)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_file_cut_after_some_planes_is_the_same_model_at_those_widths(tmp_path: Path, tied: bool) -> None:
+def test_a_file_cut_after_some_planes_is_the_same_model_at_those_widths(
+    file: TaperFile, decoder: Decoder, tmp_path: Path
+) -> None:
     """Narrow widths read no later plane, except that the embedding is looked up at all planes there are."""
-    whole = TaperFile.open(tiny_taper(tmp_path / "whole.taper", MIN_BITS, MAX_BITS, tie_word_embeddings=tied))
     cut = tmp_path / "cut.taper"
-    cut.write_bytes((tmp_path / "whole.taper").read_bytes()[: whole.bytes_at(4)])
-    narrow, full = Decoder.from_taper(TaperFile.open(cut)), Decoder.from_taper(whole)
+    cut.write_bytes(file.path.read_bytes()[: file.bytes_at(4)])
+    narrow = Decoder.from_taper(TaperFile.open(cut))
     assert (narrow.min_bits, narrow.max_bits) == (MIN_BITS, 4)
     cut_embedding = planed_parts(TaperFile.open(cut)).embedding
-    full_with_cut_embedding = Decoder(replace(planed_parts(whole), embedding=cut_embedding))
-    np.testing.assert_array_equal(all_logits(narrow, 3), all_logits(full_with_cut_embedding, 3))
-    assert not np.array_equal(all_logits(narrow, 3), all_logits(full, 3))
+    with_cut_embedding = Decoder(replace(planed_parts(file), embedding=cut_embedding))
+    for bits in (2, 3, 4):
+        np.testing.assert_array_equal(all_logits(narrow, bits), all_logits(with_cut_embedding, bits))
+    assert not np.array_equal(all_logits(narrow, 3), all_logits(decoder, 3))
     with pytest.raises(UsageError, match=r"5 bits are outside the model's 2\.\.4"):
         all_logits(narrow, 5)
+
+
+def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
+    decoder = Decoder.from_taper(TaperFile.open(tiny_taper(tmp_path / "tied.taper", MIN_BITS, MAX_BITS)))
+    names: list[str] = []
+    decoder.forward(TOKENS, decoder.new_cache(32), 4, observe=lambda name, _: names.append(name))
+    assert names[-1] == "embed"
 
 
 def test_observer_sees_the_input_of_every_matrix(checkpoint: HfCheckpoint) -> None:
@@ -192,7 +216,7 @@ def test_bytes_per_pass_count_planes_scales_and_one_embedding_row(file: TaperFil
     head_and_layers = [spec for spec in file.matrices if spec.name != "embed"]
     for bits in (2, 5):
         planes = sum(bits * spec.plane_bytes for spec in head_and_layers)
-        scales = sum(4 * spec.out_features for spec in head_and_layers)
+        scales = sum(4 * spec.out_features for spec in head_and_layers)  # one float32 row at this width
         row = MAX_BITS * file.matrices[0].cols // 8 + 4
         assert decoder.bytes_per_pass(bits) == planes + scales + row
 
