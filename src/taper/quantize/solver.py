@@ -142,7 +142,7 @@ def _row_scales(weights: Float32) -> Float32:
     row = int(np.argmax(scales))
     if not scales[row] <= _FLOAT16_MAX:
         raise TaperError(
-            f"row {row} has a root mean square of {scales[row]:.3g}; its float16 scale holds {_FLOAT16_MAX:.0f}",
+            f"row {row} has a root mean square of {scales[row]:.3g}, beyond float16's {_FLOAT16_MAX:.0f}",
             hint="the checkpoint is damaged or is no trained model",
         )
     rounded: Float32 = scales.astype(np.float16).astype(np.float32)
