@@ -276,6 +276,12 @@ def test_numpy_token_ids_are_fine(says, tokenizer):
     ).prompt_ids == (1, 2)
 
 
+@pytest.mark.parametrize("prompt", [b"bytes", None, 7])
+def test_prompt_of_another_kind_is_refused(says, tokenizer, prompt):
+    with pytest.raises(UsageError, match="must be text or token ids"):
+        Engine(says(), tokenizer).stream(Request(prompt, FOUR))
+
+
 @pytest.mark.parametrize("max_tokens", [0, -1, 1.0, "5", True])
 def test_max_tokens_below_one_is_refused(max_tokens):
     with pytest.raises(UsageError, match="max_tokens is"):

@@ -76,6 +76,23 @@ def test_a_worker_that_died_is_replaced():
     template.close()
 
 
+def test_an_interrupted_render_does_not_answer_the_next_one(monkeypatch):
+    template = ChatTemplate(CHATML)
+    template.render(HELLO)
+
+    def interrupted(self, worker, line):
+        worker.stdin.write(line + "\n")
+        worker.stdin.flush()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ChatTemplate, "_exchange", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            template.render([{"role": "user", "content": "first"}])
+    assert "second" in template.render([{"role": "user", "content": "second"}])
+    template.close()
+
+
 @pytest.mark.parametrize(
     "source",
     [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from numbers import Integral
 from types import TracebackType
 
@@ -135,6 +135,8 @@ class Engine:
 
     def _encoded(self, request: Request) -> list[int]:
         """The prompt as token ids; none for empty text, whatever special tokens would go around it."""
+        if isinstance(request.prompt, (bytes, bytearray)) or not isinstance(request.prompt, Iterable):
+            raise UsageError(f"the prompt is {type(request.prompt).__name__}; it must be text or token ids")
         if not isinstance(request.prompt, str):
             return list(request.prompt)
         if self.tokenizer is None:

@@ -84,6 +84,9 @@ class ChatTemplate:
         timer.start()
         try:
             reply = self._exchange(worker, line)
+        except BaseException:  # an interrupt: the reply that is still to come must not answer the next render
+            self._stop()
+            raise
         finally:
             timer.cancel()
         if not reply.endswith("\n"):
