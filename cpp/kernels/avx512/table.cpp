@@ -1,48 +1,12 @@
 #include "kernels/avx512/avx512.hpp"
-#include "kernels/reference/reference.hpp"
-
-// CMakeLists.txt defines HAS_X where this folder has x.cpp; the reference stands in for the rest.
-#if !defined(HAS_PLANES_GEMV)
-#define planes_gemv_of reference
-#else
-#define planes_gemv_of avx512
-#endif
-#if !defined(HAS_PLANES_GEMM)
-#define planes_gemm_of reference
-#else
-#define planes_gemm_of avx512
-#endif
-#if !defined(HAS_PLANES_UNPACK)
-#define planes_unpack_of reference
-#else
-#define planes_unpack_of avx512
-#endif
-#if !defined(HAS_QUANTIZE)
-#define quantize_of reference
-#else
-#define quantize_of avx512
-#endif
-#if !defined(HAS_FLOAT_OPS)
-#define float_ops_of reference
-#else
-#define float_ops_of avx512
-#endif
 
 namespace taper {
 
 const Kernels* avx512_kernels() {
   static constexpr Kernels table = {
-      "avx512",
-      planes_gemv_of::planes_gemv,
-      planes_gemm_of::planes_gemm,
-      planes_unpack_of::planes_unpack,
-      float_ops_of::rms_norm,
-      float_ops_of::rotate,
-      quantize_of::quantize,
-      float_ops_of::swiglu,
-      float_ops_of::exp,
-      float_ops_of::rope_store,
-      float_ops_of::attention,
+      "avx512",         avx512::planes_gemv, avx512::planes_gemm, avx512::planes_unpack,
+      avx512::rms_norm, avx512::rotate,      avx512::quantize,    avx512::swiglu,
+      avx512::exp,      avx512::rope_store,  avx512::attention,
   };
   return &table;
 }

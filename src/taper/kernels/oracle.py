@@ -98,7 +98,7 @@ def rms_norm(x: Float32, gain: Float32 | None, eps: float) -> Float32:
     """Norm of each row of (T, n)."""
     mean = dot16(x, x) / np.float32(x.shape[-1])
     inv = np.float32(1) / np.sqrt(mean + np.float32(eps))
-    y = x * inv[:, None]
+    y: Float32 = x * inv[:, None]
     return y if gain is None else y * gain
 
 
