@@ -78,7 +78,7 @@ def test_tables_end_at_the_capacity() -> None:
 def test_tables_of_a_second_longer_sequence_reach_its_tokens() -> None:
     rope = Rope(CONFIG)
     rope.tables(20, capacity=20)
-    assert rope.tables(30, capacity=4096)[0].shape[0] >= 30
+    assert rope.tables(300, capacity=4096)[0].shape[0] >= 300
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def _planes(file: TaperFile, name: str) -> tuple[Planes, Rotation]:
         planes=list(matrix.planes),
         values=file.codebook.values,
         level_scales=file.codebook.level_scales,
-        row_scales=matrix.scales[: len(file.codebook.values)].astype(np.float32),
+        row_scales=matrix.scales.astype(np.float32),
         bias=matrix.bias,
         in_features=matrix.spec.in_features,
     )
