@@ -27,7 +27,7 @@ void multiply(const PlanesView& w, const ActivationsView& x, const OutputView& y
     __m512i u[kRows];
     unroll<kRows>([&](auto i) TAPER_INLINE { u[i] = _mm512_load_si512(rows[i] + c); });
     unroll<kCount>([&](auto t) TAPER_INLINE {
-      const __m512i values = _mm512_loadu_si512(q + t * w.cols + c);
+      const __m512i values = in_register(_mm512_loadu_si512(q + t * w.cols + c));
       unroll<kRows>([&](auto i) TAPER_INLINE { acc[t][i] = _mm512_dpbusd_epi32(acc[t][i], u[i], values); });
     });
   }

@@ -22,111 +22,116 @@ class RowQuad {
   void run(int64_t row, int count) const {
     int64_t at[kRows];
     for (int r = 0; r < kRows; ++r) at[r] = (row + std::min(r, count - 1)) * stride_;
-    __m512i sums[kTokens];
-    int64_t column = whole_blocks(at, sums);
+    __m512i lanes[kRows][kTokens];
+    for (int r = 0; r < kRows; r += kRowsAtOnce) blocks_512(at + r, lanes + r);
+    int64_t column = w_.cols / 512 * 512;
+    __m512i pairs[1][kTokens][2], quad[1][kTokens][1];
+    unroll<kTokens>([&](auto t) TAPER_INLINE {
+      pairs[0][t][0] = fold_pair(lanes[0][t], lanes[1][t]);
+      pairs[0][t][1] = fold_pair(lanes[2][t], lanes[3][t]);
+    });
+    if (w_.cols & 256) {
+      block_256(at, column, pairs);
+      column += 256;
+    }
+    unroll<kTokens>([&](auto t) TAPER_INLINE { quad[0][t][0] = fold_quad(pairs[0][t][0], pairs[0][t][1]); });
     if (w_.cols & 128) {
-      block_128(at, column, sums);
+      block_128(at, column, quad);
       column += 128;
     }
-    __m256i halves[kTokens];
-    for (int t = 0; t < kTokens; ++t) halves[t] = fold_halves(sums[t]);
-    if (w_.cols & 64) block_64(at, column, halves);
-    for (int t = 0; t < kTokens; ++t) store_rows(w_, x_, y_, token_ + t, row, count, fold_last(halves[t]));
+    unroll<kTokens>([&](auto t) TAPER_INLINE { quad[0][t][0] = fold_halves(quad[0][t][0]); });
+    if (w_.cols & 64) block_64(at, column, quad);
+    unroll<kTokens>([&](auto t)
+                        TAPER_INLINE { store_rows(w_, x_, y_, token_ + t, row, count, fold_last(quad[0][t][0])); });
   }
 
  private:
-  // Blocks of 512, then the one of 256; leaves four lanes a row in sums and returns the next column.
-  int64_t whole_blocks(const int64_t* at, __m512i* sums) const {
-    const int64_t end = w_.cols / 512 * 512;
-    __m512i lanes[kRows][kTokens];
-    for (int r = 0; r < kRows; ++r) row_blocks(at[r], end, lanes[r]);
-    __m512i pairs[kTokens][2];
-    unroll<kTokens>([&](auto t) TAPER_INLINE {
-      pairs[t][0] = fold_pair(lanes[0][t], lanes[1][t]);
-      pairs[t][1] = fold_pair(lanes[2][t], lanes[3][t]);
-    });
-    if (w_.cols & 256) block_256(at, end, pairs);
-    unroll<kTokens>([&](auto t) TAPER_INLINE { sums[t] = fold_quad(pairs[t][0], pairs[t][1]); });
-    return end + (w_.cols & 256);
-  }
+  // Two rows share the loads of the activations; the codes of wide widths leave registers for one only.
+  static constexpr int kRowsAtOnce = kBits <= 6 ? 2 : 1;
 
-  // Columns 0 .. end - 1 of one row.
-  TAPER_INLINE void row_blocks(int64_t at, int64_t end, __m512i* lanes) const {
-    // A chain of the eight vpdpbusd of a block takes 40 cycles, the block's work 9 (one token) to 23 (four).
-    constexpr int kChains = kTokens <= 2 ? 4 : 2;
-    __m512i acc[kTokens][kChains] = {};
-    for (int64_t column = 0; column < end; column += 512) {
-      __m512i p[kBits];
-      unroll<kBits>([&](auto k) TAPER_INLINE {
-        const uint8_t* line = planes_[k] + at + column / 8;
-        _mm_prefetch(line + kPrefetchBytes, _MM_HINT_T0);
-        p[k] = _mm512_loadu_si512(line);
-      });
-      lookup_(p, [&](int g, __m512i weights) TAPER_INLINE {
-        unroll<kTokens>([&](auto t) TAPER_INLINE {
-          const __m512i q = _mm512_loadu_si512(q_[t] + column + 64 * g);
-          acc[t][g % kChains] = _mm512_dpbusd_epi32(acc[t][g % kChains], weights, q);
-        });
-      });
+  // Blocks of 512 columns of kRowsAtOnce rows.
+  TAPER_INLINE void blocks_512(const int64_t* at, __m512i (*lanes)[kTokens]) const {
+    // A chain of eight vpdpbusd takes 40 cycles, the vector work of a block 9 (one row and token) to 46 (two, four).
+    constexpr int kChains = kRowsAtOnce * kTokens <= 1 ? 4 : kRowsAtOnce * kTokens <= 4 ? 2 : 1;
+    __m512i acc[kChains][kTokens][kRowsAtOnce] = {};
+    for (int64_t column = 0; column + 512 <= w_.cols; column += 512) {
+      multiply(
+          acc,
+          [&](const uint8_t* plane, auto r) TAPER_INLINE {
+            const uint8_t* line = plane + at[r] + column / 8;
+            _mm_prefetch(line + kPrefetchBytes, _MM_HINT_T0);
+            return _mm512_loadu_si512(line);
+          },
+          [&](const int8_t* q, auto g) TAPER_INLINE { return _mm512_loadu_si512(q + column + 64 * g); });
     }
     unroll<kTokens>([&](auto t) TAPER_INLINE {
-      lanes[t] = _mm512_add_epi32(acc[t][0], acc[t][1]);
-      if constexpr (kChains == 4) lanes[t] = _mm512_add_epi32(lanes[t], _mm512_add_epi32(acc[t][2], acc[t][3]));
+      unroll<kRowsAtOnce>([&](auto r) TAPER_INLINE {
+        __m512i sum = acc[0][t][r];
+        unroll<kChains - 1>([&](auto c) TAPER_INLINE { sum = _mm512_add_epi32(sum, acc[c + 1][t][r]); });
+        lanes[r][t] = sum;
+      });
     });
   }
 
   // Two rows share a register.
-  void block_256(const int64_t* at, int64_t column, __m512i (*pairs)[2]) const {
-    for (int i = 0; i < 2; ++i) {
-      __m512i p[kBits];
-      for (int k = 0; k < kBits; ++k) {
-        const uint8_t* a = planes_[k] + at[2 * i] + column / 8;
-        const uint8_t* b = planes_[k] + at[2 * i + 1] + column / 8;
-        _mm_prefetch(a + kPrefetchBytes, _MM_HINT_T0);
-        p[k] = _mm512_inserti64x4(_mm512_castsi256_si512(load_256(a)), load_256(b), 1);
-      }
-      lookup_(p, [&](int g, __m512i weights) TAPER_INLINE {
-        unroll<kTokens>([&](auto t) TAPER_INLINE {
-          const __m512i q = _mm512_broadcast_i64x4(load_256(q_[t] + column + 32 * g));
-          pairs[t][i] = _mm512_dpbusd_epi32(pairs[t][i], weights, q);
-        });
-      });
-    }
+  void block_256(const int64_t* at, int64_t column, __m512i (&acc)[1][kTokens][2]) const {
+    multiply(
+        acc,
+        [&](const uint8_t* plane, auto i) TAPER_INLINE {
+          plane += column / 8;
+          _mm_prefetch(plane + at[2 * i] + kPrefetchBytes, _MM_HINT_T0);
+          const __m512i low = _mm512_castsi256_si512(load_256(plane + at[2 * i]));
+          return _mm512_inserti64x4(low, load_256(plane + at[2 * i + 1]), 1);
+        },
+        [&](const int8_t* q, auto g) TAPER_INLINE { return _mm512_broadcast_i64x4(load_256(q + column + 32 * g)); });
   }
 
   // Four rows share a register.
-  void block_128(const int64_t* at, int64_t column, __m512i* sums) const {
-    __m512i p[kBits];
-    for (int k = 0; k < kBits; ++k) {
-      const uint8_t* plane = planes_[k] + column / 8;
-      _mm_prefetch(plane + at[0] + kPrefetchBytes, _MM_HINT_T0);
-      const __m256i low =
-          _mm256_inserti128_si256(_mm256_castsi128_si256(load_128(plane + at[0])), load_128(plane + at[1]), 1);
-      const __m256i high =
-          _mm256_inserti128_si256(_mm256_castsi128_si256(load_128(plane + at[2])), load_128(plane + at[3]), 1);
-      p[k] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-    }
-    lookup_(p, [&](int g, __m512i weights) {
-      for (int t = 0; t < kTokens; ++t) {
-        const __m512i q = _mm512_broadcast_i32x4(load_128(q_[t] + column + 16 * g));
-        sums[t] = _mm512_dpbusd_epi32(sums[t], weights, q);
-      }
-    });
+  void block_128(const int64_t* at, int64_t column, __m512i (&acc)[1][kTokens][1]) const {
+    multiply(
+        acc,
+        [&](const uint8_t* plane, auto) TAPER_INLINE {
+          plane += column / 8;
+          _mm_prefetch(plane + at[0] + kPrefetchBytes, _MM_HINT_T0);
+          const __m256i low = _mm256_castsi128_si256(load_128(plane + at[0]));
+          const __m256i high = _mm256_castsi128_si256(load_128(plane + at[2]));
+          return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_inserti128_si256(low, load_128(plane + at[1]), 1)),
+                                    _mm256_inserti128_si256(high, load_128(plane + at[3]), 1), 1);
+        },
+        [&](const int8_t* q, auto g) TAPER_INLINE { return _mm512_broadcast_i32x4(load_128(q + column + 16 * g)); });
   }
 
-  // Four rows share half of a register.
-  void block_64(const int64_t* at, int64_t column, __m256i* halves) const {
-    __m512i p[kBits];
-    for (int k = 0; k < kBits; ++k) {
-      const uint8_t* plane = planes_[k] + column / 8;
-      p[k] = _mm512_castsi256_si512(_mm256_set_epi64x(load_64(plane + at[3]), load_64(plane + at[2]),
-                                                      load_64(plane + at[1]), load_64(plane + at[0])));
-    }
-    lookup_(p, [&](int g, __m512i weights) {
-      for (int t = 0; t < kTokens; ++t) {
-        const __m256i q = _mm256_set1_epi64x(load_64(q_[t] + column + 8 * g));
-        halves[t] = _mm256_dpbusd_epi32(halves[t], _mm512_castsi512_si256(weights), q);
-      }
+  // Four rows share the lower half of a register.
+  void block_64(const int64_t* at, int64_t column, __m512i (&acc)[1][kTokens][1]) const {
+    multiply(
+        acc,
+        [&](const uint8_t* plane, auto) TAPER_INLINE {
+          plane += column / 8;
+          _mm_prefetch(plane + at[0] + kPrefetchBytes, _MM_HINT_T0);
+          return _mm512_castsi256_si512(_mm256_setr_epi64x(load_64(plane + at[0]), load_64(plane + at[1]),
+                                                           load_64(plane + at[2]), load_64(plane + at[3])));
+        },
+        [&](const int8_t* q, auto g) TAPER_INLINE { return _mm512_set1_epi64(load_64(q + column + 8 * g)); });
+  }
+
+  // One block: kCount registers of every plane, load_plane(plane, i), times group g of a token, load_q(q, g).
+  template <int kChains, int kCount, class LoadPlane, class LoadQ>
+  TAPER_INLINE void multiply(__m512i (&acc)[kChains][kTokens][kCount], LoadPlane load_plane, LoadQ load_q) const {
+    typename PlaneLookup<kBits>::Fields fields[kCount];
+    unroll<kCount>([&](auto i) TAPER_INLINE {
+      __m512i p[kBits];
+      unroll<kBits>([&](auto k) TAPER_INLINE { p[k] = load_plane(planes_[k], i); });
+      fields[i] = lookup_.gather(p);
+    });
+    unroll<kGroups>([&](auto g) TAPER_INLINE {
+      __m512i weights[kCount];
+      unroll<kCount>([&](auto i) TAPER_INLINE { weights[i] = lookup_.template find<g>(fields[i]); });
+      unroll<kTokens>([&](auto t) TAPER_INLINE {
+        const __m512i q = kCount > 1 ? in_register(load_q(q_[t], g)) : load_q(q_[t], g);
+        unroll<kCount>([&](auto i) TAPER_INLINE {
+          acc[g % kChains][t][i] = _mm512_dpbusd_epi32(acc[g % kChains][t][i], weights[i], q);
+        });
+      });
     });
   }
 

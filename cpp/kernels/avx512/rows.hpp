@@ -7,11 +7,19 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "kernels/common/unroll.hpp"
 #include "taper/kernels.hpp"
 
 namespace taper::avx512 {
 
 inline constexpr int kRows = 4;
+
+// Keeps a loaded value in its register: GCC would load it again for each of its uses, and 64-byte loads are fewer a
+// cycle than vpdpbusd (1.3 against 2).
+TAPER_INLINE inline __m512i in_register(__m512i x) {
+  asm("" : "+v"(x));
+  return x;
+}
 
 // Lanes of rows a, b: 16 + 16 -> [a: 8 | b: 8].
 inline __m512i fold_pair(__m512i a, __m512i b) {
@@ -23,15 +31,16 @@ inline __m512i fold_quad(__m512i ab, __m512i cd) {
   return _mm512_add_epi32(_mm512_shuffle_i64x2(ab, cd, 0x88), _mm512_shuffle_i64x2(ab, cd, 0xDD));
 }
 
-// [a: 4 | b: 4 | c: 4 | d: 4] -> [a: 2 | b: 2 | c: 2 | d: 2].
-inline __m256i fold_halves(__m512i abcd) {
+// [a: 4 | b: 4 | c: 4 | d: 4] -> [a: 2 | b: 2 | c: 2 | d: 2] in the lower half.
+inline __m512i fold_halves(__m512i abcd) {
   const __m512i sums = _mm512_add_epi32(abcd, _mm512_shuffle_epi32(abcd, _MM_PERM_BADC));
-  return _mm512_castsi512_si256(_mm512_permutexvar_epi64(_mm512_set_epi64(0, 0, 0, 0, 6, 4, 2, 0), sums));
+  return _mm512_permutexvar_epi64(_mm512_set_epi64(0, 0, 0, 0, 6, 4, 2, 0), sums);
 }
 
-// [a: 2 | b: 2 | c: 2 | d: 2] -> [a | b | c | d].
-inline __m128i fold_last(__m256i abcd) {
-  return _mm256_cvtepi64_epi32(_mm256_add_epi32(abcd, _mm256_srli_epi64(abcd, 32)));
+// [a: 2 | b: 2 | c: 2 | d: 2] in the lower half -> [a | b | c | d].
+inline __m128i fold_last(__m512i abcd) {
+  const __m256i lanes = _mm512_castsi512_si256(abcd);
+  return _mm256_cvtepi64_epi32(_mm256_add_epi32(lanes, _mm256_srli_epi64(lanes, 32)));
 }
 
 // Sums of u8 weights (w + 128) times activations become output values of rows row .. row + count - 1 (count <= kRows).

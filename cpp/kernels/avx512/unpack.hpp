@@ -66,21 +66,28 @@ constexpr std::array<uint8_t, kLanes> table_order(const std::array<int, kBits>& 
   return order;
 }
 
+// Registers that hold the codes of one block between the two steps of a lookup.
+inline constexpr std::array<int, 9> kFields = {0, 1, 2, 4, 4, 5, 6, 8, 8};
+
 template <int kBits>
 class PlaneLookup {
  public:
+  struct Fields {
+    __m512i at[kFields[kBits]];
+  };
+
   // values: 2^kBits int8 in code order; flip is XORed to each.
   PlaneLookup(const int8_t* values, int flip);
 
-  // Calls use(group, weights) for the eight groups of the columns whose planes are given, most significant first.
-  template <class Use>
-  void operator()(const __m512i* planes, Use use) const;
+  // planes: the same 64 bytes of each plane, most significant first.
+  static Fields gather(const __m512i* planes);
+  // The values of a group, 0..7, of the block's columns.
+  template <int kGroup>
+  __m512i find(const Fields& fields) const;
 
  private:
-  __m512i find(int table, __m512i index) const { return _mm512_permutexvar_epi8(index, tables_[table]); }
-  template <class Use>
-  void spread_bytes(const Nibbles& high, const Nibbles& low, Use use) const;
-  __m512i find_wide(__m512i index) const;
+  __m512i narrow(int table, __m512i index) const { return _mm512_permutexvar_epi8(index, tables_[table]); }
+  __m512i wide(__m512i index) const;
 
   __m512i tables_[kTables[kBits]];
 };
@@ -133,7 +140,7 @@ PlaneLookup<kBits>::PlaneLookup(const int8_t* values, int flip) {
 
 // Two lookups of 128 entries for 8 bits, merged by the top bit; one for 7.
 template <int kBits>
-inline __m512i PlaneLookup<kBits>::find_wide(__m512i index) const {
+TAPER_INLINE inline __m512i PlaneLookup<kBits>::wide(__m512i index) const {
   const __m512i low = _mm512_permutex2var_epi8(tables_[0], index, tables_[1]);
   if constexpr (kBits == 7) {
     return low;
@@ -143,92 +150,70 @@ inline __m512i PlaneLookup<kBits>::find_wide(__m512i index) const {
   }
 }
 
-// Index = (high nibble, low nibble) of each group.
 template <int kBits>
-template <class Use>
-TAPER_INLINE inline void PlaneLookup<kBits>::spread_bytes(const Nibbles& high, const Nibbles& low, Use use) const {
-  auto both = [&](int group, __m512i h, __m512i l) TAPER_INLINE {
-    use(group, find_wide(select(0x0F, l, left<4>(h))));
-    use(group + 4, find_wide(select(0x0F, right<4>(l), h)));
-  };
-  both(0, high.g04, low.g04);
-  both(1, high.g15, low.g15);
-  both(2, high.g26, low.g26);
-  both(3, high.g37, low.g37);
-}
-
-template <int kBits>
-template <class Use>
-TAPER_INLINE inline void PlaneLookup<kBits>::operator()(const __m512i* p, Use use) const {
+TAPER_INLINE inline typename PlaneLookup<kBits>::Fields PlaneLookup<kBits>::gather(const __m512i* p) {
   if constexpr (kBits == 1) {
-    unroll<6>([&](auto g) TAPER_INLINE { use(g, find(g, p[0])); });
-    const __m512i top = right<2>(p[0]);
-    use(6, find(4, top));
-    use(7, find(5, top));
+    return {{p[0]}};
   } else if constexpr (kBits == 2) {
     const Pairs a = make_pairs(p[0], p[1]);
-    unroll<3>([&](auto field) TAPER_INLINE {
-      use(2 * field, find(field, a.even));
-      use(2 * field + 1, find(field, a.odd));
-    });
-    use(6, find(2, right<2>(a.even)));
-    use(7, find(2, right<2>(a.odd)));
+    return {{a.even, a.odd}};
   } else if constexpr (kBits == 3) {
     // Two groups in six bits: two bits of each plane, and no more shifts (tables 0 2 4: the even group, 1 3 5: the
     // odd).
     const __m512i p1_up = left<2>(p[1]), p1_down = right<4>(p[1]), p2_down = right<2>(p[2]);
-    const __m512i g01 = select(0x03, p[0], select(0x0C, p1_up, left<4>(p[2])));
-    const __m512i g23 = select(0x0C, p[0], select(0x30, p1_up, p2_down));
-    const __m512i g45 = select(0x30, p[0], select(0x0C, p2_down, p1_down));
-    const __m512i g67 = select(0x03, right<6>(p[0]), select(0x0C, p1_down, p2_down));
-    use(0, find(0, g01));
-    use(1, find(1, g01));
-    use(2, find(2, g23));
-    use(3, find(3, g23));
-    use(4, find(4, g45));
-    use(5, find(5, g45));
-    use(6, find(0, g67));
-    use(7, find(1, g67));
+    return {{select(0x03, p[0], select(0x0C, p1_up, left<4>(p[2]))), select(0x0C, p[0], select(0x30, p1_up, p2_down)),
+             select(0x30, p[0], select(0x0C, p2_down, p1_down)),
+             select(0x03, right<6>(p[0]), select(0x0C, p1_down, p2_down))}};
   } else {
     const Nibbles n = make_nibbles(make_pairs(p[0], p[1]), make_pairs(p[2], p[3]));
     if constexpr (kBits == 4) {
-      use(0, find(0, n.g04));
-      use(1, find(0, n.g15));
-      use(2, find(0, n.g26));
-      use(3, find(0, n.g37));
-      use(4, find(0, right<4>(n.g04)));
-      use(5, find(0, right<4>(n.g15)));
-      use(6, find(0, right<4>(n.g26)));
-      use(7, find(0, right<4>(n.g37)));
+      return {{n.g04, n.g15, n.g26, n.g37}};
     } else if constexpr (kBits == 5) {
-      // The fifth bit of an even group lands on index bit 4 (table 0), of an odd one on bit 5 (table 1).
-      const __m512i up4 = left<4>(p[4]), up2 = left<2>(p[4]), down2 = right<2>(p[4]);
-      use(0, find(0, select(0x0F, n.g04, up4)));
-      use(1, find(1, select(0x0F, n.g15, up4)));
-      use(2, find(0, select(0x0F, n.g26, up2)));
-      use(3, find(1, select(0x0F, n.g37, up2)));
-      use(4, find(0, select(0x0F, right<4>(n.g04), p[4])));
-      use(5, find(1, select(0x0F, right<4>(n.g15), p[4])));
-      use(6, find(0, select(0x0F, right<4>(n.g26), down2)));
-      use(7, find(1, select(0x0F, right<4>(n.g37), down2)));
-    } else if constexpr (kBits == 6) {
-      const Pairs c = make_pairs(p[4], p[5]);
-      use(0, find(0, select(0x0F, n.g04, left<4>(c.even))));
-      use(1, find(0, select(0x0F, n.g15, left<4>(c.odd))));
-      use(2, find(0, select(0x0F, n.g26, left<2>(c.even))));
-      use(3, find(0, select(0x0F, n.g37, left<2>(c.odd))));
-      use(4, find(0, select(0x0F, right<4>(n.g04), c.even)));
-      use(5, find(0, select(0x0F, right<4>(n.g15), c.odd)));
-      use(6, find(0, select(0x0F, right<4>(n.g26), right<2>(c.even))));
-      use(7, find(0, select(0x0F, right<4>(n.g37), right<2>(c.odd))));
-    } else if constexpr (kBits == 7) {
-      // Three bits of each group above the nibble: a pair, the last plane on index bit 6, garbage on bit 7.
-      const Pairs c = make_pairs(p[4], p[5]);
-      const Nibbles m = {select(0x33, c.even, left<2>(p[6])), select(0x33, right<2>(c.even), p[6]),
-                         select(0x33, c.odd, left<1>(p[6])), select(0x33, right<2>(c.odd), right<1>(p[6]))};
-      spread_bytes(m, n, use);
+      return {{n.g04, n.g15, n.g26, n.g37, p[4]}};
     } else {
-      spread_bytes(n, make_nibbles(make_pairs(p[4], p[5]), make_pairs(p[6], p[7])), use);
+      const Pairs c = make_pairs(p[4], p[5]);
+      if constexpr (kBits == 6) {
+        return {{n.g04, n.g15, n.g26, n.g37, c.even, c.odd}};
+      } else if constexpr (kBits == 7) {
+        // Three bits of each group above the nibble: a pair, the last plane on index bit 6, garbage on bit 7.
+        return {{select(0x33, c.even, left<2>(p[6])), select(0x33, c.odd, left<1>(p[6])),
+                 select(0x33, right<2>(c.even), p[6]), select(0x33, right<2>(c.odd), right<1>(p[6])), n.g04, n.g15,
+                 n.g26, n.g37}};
+      } else {
+        const Nibbles m = make_nibbles(c, make_pairs(p[6], p[7]));
+        return {{n.g04, n.g15, n.g26, n.g37, m.g04, m.g15, m.g26, m.g37}};
+      }
+    }
+  }
+}
+
+template <int kBits>
+template <int kGroup>
+TAPER_INLINE inline __m512i PlaneLookup<kBits>::find(const Fields& f) const {
+  constexpr int kOdd = kGroup % 2, kPair = kGroup / 2, kQuad = kGroup % 4;
+  constexpr bool kUpper = kGroup >= 4;  // the group lies in the high nibble
+  if constexpr (kBits == 1) {
+    return kGroup < 6 ? narrow(kGroup % 6, f.at[0]) : narrow(kGroup - 2, right<2>(f.at[0]));
+  } else if constexpr (kBits == 2) {
+    return kPair < 3 ? narrow(kPair % 3, f.at[kOdd]) : narrow(2, right<2>(f.at[kOdd]));
+  } else if constexpr (kBits == 3) {
+    return narrow(kPair % 3 * 2 + kOdd, f.at[kPair]);
+  } else if constexpr (kBits >= 7) {
+    const __m512i high = f.at[kQuad], low = f.at[kQuad + 4];
+    return wide(kUpper ? select(0x0F, right<4>(low), high) : select(0x0F, low, left<4>(high)));
+  } else {
+    const __m512i nibble = kUpper ? right<4>(f.at[kQuad]) : f.at[kQuad];
+    if constexpr (kBits == 4) {
+      return narrow(0, nibble);
+    } else {
+      // The fifth bit of an even group lands on index bit 4 (table 0), of an odd one on bit 5 (table 1); a pair on
+      // both.
+      const __m512i top = f.at[kBits == 5 ? 4 : 4 + kOdd];
+      constexpr int kTable = kBits == 5 ? kOdd : 0;
+      if constexpr (kPair == 0) return narrow(kTable, select(0x0F, nibble, left<4>(top)));
+      if constexpr (kPair == 1) return narrow(kTable, select(0x0F, nibble, left<2>(top)));
+      if constexpr (kPair == 2) return narrow(kTable, select(0x0F, nibble, top));
+      if constexpr (kPair == 3) return narrow(kTable, select(0x0F, nibble, right<2>(top)));
     }
   }
 }

@@ -19,7 +19,10 @@ void unpack_row(const PlaneLookup<kBits>& lookup, const PlanesView& w, int64_t r
       _mm_prefetch(line + kAheadBytes, _MM_HINT_T0);
       p[k] = _mm512_maskz_loadu_epi8(mask, line);
     }
-    lookup(p, [&](int g, __m512i bytes) { _mm512_mask_storeu_epi8(out + column + width / 8 * g, mask, bytes); });
+    const auto fields = lookup.gather(p);
+    unroll<kGroups>([&](auto g) TAPER_INLINE {
+      _mm512_mask_storeu_epi8(out + column + width / 8 * g, mask, lookup.template find<g>(fields));
+    });
     column += width;
   };
   while (column + 512 <= w.cols) block(512, ~__mmask64{0});
