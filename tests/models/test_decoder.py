@@ -18,6 +18,7 @@ from taper.formats.container import TaperFile
 from taper.formats.huggingface import HfCheckpoint
 from taper.formats.spec import FINAL_NORM, PlanedMatrix, TaperHeader
 from taper.formats.writer import write_taper
+from taper.kvcache import KvCache
 from taper.layers.embedding import FloatEmbedding
 from taper.layers.linear import Before, FloatLinear, Linear, Norm, Swiglu
 from taper.models.block import Block
@@ -136,14 +137,19 @@ def test_truncation_replays_to_the_same_bytes(decoder: Decoder) -> None:
 
 
 def test_last_is_the_last_row_of_all_and_none_is_nothing(decoder: Decoder) -> None:
-    rows = all_logits(decoder, 4)
+    full = decoder.new_cache(len(TOKENS))
+    rows = decoder.forward(TOKENS, full, 4, logits="all")
+    assert rows is not None
     assert rows.shape == (len(TOKENS), decoder.config.vocab_size)
+    written = all_keys_and_values(full)
     last = decoder.forward(TOKENS, decoder.new_cache(len(TOKENS)), 4)
     assert last is not None
     np.testing.assert_array_equal(last, rows[-1:])
     cache = decoder.new_cache(len(TOKENS))
-    assert decoder.forward(TOKENS, cache, 4, logits="none") is None
-    assert cache.num_tokens == len(TOKENS)
+    assert decoder.forward(TOKENS[:-5], cache, 4, logits="none") is None
+    assert cache.num_tokens == len(TOKENS) - 5
+    np.testing.assert_array_equal(decoder.forward(TOKENS[-5:], cache, 4, logits="all"), rows[-5:])
+    np.testing.assert_array_equal(all_keys_and_values(cache), written)
 
 
 def test_a_file_cut_after_some_planes_is_the_same_model_at_those_widths(
@@ -298,6 +304,10 @@ def test_a_rope_variant_reaches_the_tables(tmp_path: Path) -> None:
     scaled = Decoder.from_taper(TaperFile.open(tiny_taper(tmp_path / "scaled.taper", rope=rope)))
     assert not np.array_equal(all_logits(plain, 4), all_logits(scaled, 4))
     assert scaled.context_length == 4 * tiny_config().max_position_embeddings
+
+
+def all_keys_and_values(cache: KvCache) -> npt.NDArray[np.float16]:
+    return np.stack([array for layer in cache.layers for array in layer])
 
 
 def dequantised(file: TaperFile, bits: int) -> Parts:

@@ -23,8 +23,8 @@ class Attention:
         self._num_heads = num_heads
         self._scale = float(np.float32(head_dim**-0.5))
 
-    def __call__(self, qkv: F32, keys: KvArray, values: KvArray, position: int, cos: F32, sin: F32) -> F32:
-        """Float32 (tokens, num_heads * head_dim): each token sees the entries up to its own.
+    def store(self, qkv: F32, keys: KvArray, values: KvArray, position: int, cos: F32, sin: F32) -> None:
+        """Rotate queries and keys of consecutive tokens; write keys and values into the cache.
 
         Args:
             qkv: (tokens, (num_heads + 2 kv_heads) * head_dim), queries, keys, values; overwritten.
@@ -35,4 +35,14 @@ class Attention:
             sin: as `cos`.
         """
         rope_store(qkv, self._num_heads, keys, values, position, cos, sin)
+
+    def __call__(self, qkv: F32, keys: KvArray, values: KvArray, position: int) -> F32:
+        """Float32 (tokens, num_heads * head_dim): each stored token sees the entries up to its own.
+
+        Args:
+            qkv: rows that `store` has rotated.
+            keys: the cache.
+            values: the cache.
+            position: of the first of these rows.
+        """
         return attention(qkv, self._num_heads, keys, values, position, self._scale)

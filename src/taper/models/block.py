@@ -41,11 +41,21 @@ class Block:
     down: Linear
     attention: Attention
 
-    def __call__(self, x: F32, kv: KvLayer, step: Step) -> F32:
-        """The residual stream after this layer, float32 (tokens, hidden); writes keys and values."""
+    def __call__(self, x: F32, kv: KvLayer, step: Step, num_wanted: int | None = None) -> F32:
+        """The residual stream after this layer, float32 (tokens, hidden); writes keys and values.
+
+        With `num_wanted`, of the last so many tokens only: in the last layer of a prefill the others have to
+        leave their keys and values, and nobody asks for the rest.
+        """
         bits, observe = step.bits, step.observe
         qkv = self.qkv(x, bits)
-        mixed = self.attention(qkv, kv.keys, kv.values, step.position, step.cos, step.sin)
+        self.attention.store(qkv, kv.keys, kv.values, step.position, step.cos, step.sin)
+        skipped = 0 if num_wanted is None else len(x) - num_wanted
+        if skipped:
+            x, qkv = x[skipped:], qkv[skipped:]
+        if num_wanted == 0:
+            return x
+        mixed = self.attention(qkv, kv.keys, kv.values, step.position + skipped)
         after_attention = self.o(mixed, bits, x)
         gate_up = self.gate_up(after_attention, bits)
         if observe is not None:

@@ -109,11 +109,13 @@ class Decoder:
         cos, sin = self._rope.tables(end, cache.capacity)
         step = Step(cache.num_tokens, cos, sin, bits, observe)
         x = self._parts.embedding(ids)
-        for block, kv in zip(self._parts.blocks, cache.layers, strict=True):
+        for block, kv in zip(self._parts.blocks[:-1], cache.layers[:-1], strict=True):
             x = block(x, kv, step)
+        num_wanted = len(ids) if logits == "all" or observe is not None else int(logits == "last")
+        last = self._parts.blocks[-1](x, cache.layers[-1], step, num_wanted)
         if observe is not None:
-            observe(self._parts.head_name, self._parts.head.product_input(x))
-        out = None if logits == "none" else self._parts.head(x if logits == "all" else x[-1:], bits)
+            observe(self._parts.head_name, self._parts.head.product_input(last))
+        out = None if logits == "none" else self._parts.head(last if logits == "all" else last[-1:], bits)
         self._check_finite(x if out is None else out, step)
         cache.advance(len(ids))
         return out
