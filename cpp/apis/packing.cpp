@@ -7,6 +7,7 @@ namespace taper {
 namespace {
 
 constexpr int64_t kBlock = 512;
+constexpr int64_t kPsPerBit = 500;  // scalar code
 
 // Calls visit(first column, V) for each block of a row (docs/format.md, "A plane").
 template <class Visit>
@@ -35,7 +36,7 @@ void pack_planes(const uint8_t* codes, int64_t rows, int64_t in_features, int pa
     require(codes[i] >> parent_bits == 0, "code ", int{codes[i]}, " does not fit ", parent_bits, " bits");
   }
   const int64_t cols = padded_cols(in_features), stride = cols / 8;
-  const Plan plan = plan_items(rows, cols * parent_bits, num_threads());
+  const Plan plan = plan_items(rows, cols * parent_bits * kPsPerBit, num_threads());
   parallel_for(rows, plan.chunk, plan.threads, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const uint8_t* code = codes + row * in_features;
@@ -59,7 +60,7 @@ void pack_planes(const uint8_t* codes, int64_t rows, int64_t in_features, int pa
 void unpack_codes(const uint8_t* const* planes, int bits, int64_t rows, int64_t in_features, uint8_t* codes) {
   check_shape(rows, in_features, bits);
   const int64_t cols = padded_cols(in_features), stride = cols / 8;
-  const Plan plan = plan_items(rows, cols * bits, num_threads());
+  const Plan plan = plan_items(rows, cols * bits * kPsPerBit, num_threads());
   parallel_for(rows, plan.chunk, plan.threads, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       uint8_t* code = codes + row * in_features;

@@ -11,6 +11,8 @@
 namespace taper {
 namespace {
 
+constexpr int64_t kPsPerValue = 300;  // of a dequantised row
+
 void check_levels(const PlanesParts& parts) {
   require(!parts.values.empty(), "a planed matrix needs the values of at least one width");
   int expected = parts.values.begin()->first;
@@ -79,7 +81,7 @@ void PlanedMatrix::read_rows(const int64_t* indices, int64_t count, int bits, fl
             " rows");
   }
   const Kernels& table = kernels();
-  const Plan plan = plan_items(count, cols_ * bits, num_threads());
+  const Plan plan = plan_items(count, cols_ * kPsPerValue, num_threads());
   parallel_for(count, plan.chunk, plan.threads, [&](int64_t begin, int64_t end) {
     std::vector<int8_t> values(cols_);
     for (int64_t i = begin; i < end; ++i) {

@@ -10,15 +10,15 @@
 namespace taper {
 namespace {
 
-constexpr int64_t kOperationsPerElement = 8;
-constexpr int64_t kExpPiece = 4096;  // elements, a multiple of every vector width
+constexpr int64_t kPsPerElement = 300;  // SwiGLU; the others take less
+constexpr int64_t kExpPiece = 4096;     // elements, a multiple of every vector width
 
 // Runs body(table, token) for every row.
 template <class Body>
 void for_each_row(int64_t tokens, int64_t n, const Body& body) {
   require(tokens >= 1 && n >= 1, "an array has shape (", tokens, ", ", n, "), expected at least (1, 1)");
   const Kernels& table = kernels();
-  const Plan plan = plan_items(tokens, n * kOperationsPerElement, num_threads());
+  const Plan plan = plan_items(tokens, n * kPsPerElement, num_threads());
   parallel_for(tokens, plan.chunk, plan.threads, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) body(table, t);
   });
@@ -51,7 +51,7 @@ void swiglu(const float* gate_up, int64_t tokens, int64_t n, float* y) {
 
 void exp(const float* x, int64_t count, float* y) {
   const Kernels& table = kernels();
-  const Plan plan = plan_items((count + kExpPiece - 1) / kExpPiece, kExpPiece * kOperationsPerElement, num_threads());
+  const Plan plan = plan_items((count + kExpPiece - 1) / kExpPiece, kExpPiece * kPsPerElement, num_threads());
   parallel_for(count, plan.chunk * kExpPiece, plan.threads,
                [&](int64_t begin, int64_t end) { table.exp(x + begin, end - begin, y + begin); });
 }

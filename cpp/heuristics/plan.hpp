@@ -17,7 +17,7 @@ struct MatmulPlan {
 
 MatmulPlan plan_matmul(int64_t rows, int64_t cols, int bits, int64_t tokens, int max_threads);
 
-// `items` pieces of work of about `operations_each` scalar operations.
-Plan plan_items(int64_t items, int64_t operations_each, int max_threads);
+// `items` pieces of work of about `ps_each` picoseconds on one core.
+Plan plan_items(int64_t items, int64_t ps_each, int max_threads);
 
 }  // namespace taper
