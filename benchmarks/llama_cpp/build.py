@@ -85,8 +85,7 @@ def download(directory: Path) -> Path:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != SDIST_SHA256:
         raise BenchmarkError(
-            f"{archive} has SHA-256 {digest} but {SDIST_SHA256} is expected; "
-            "delete it and run again"
+            f"{archive} has SHA-256 {digest} but {SDIST_SHA256} is expected; delete it and run again"
         )
     return archive
 
@@ -132,11 +131,11 @@ def unpack(archive: Path, source: Path) -> str:
 def compile_peer(source: Path, build: Path, options: tuple[str, ...], jobs: int) -> None:
     """Configure and compile `TARGETS` of `source` in `build` with `jobs` compilers at a time."""
     progress(f"configuring in {build}")
-    configure = ["cmake", "-S", source, "-B", build, *options]
+    configure: list[str | Path] = ["cmake", "-S", source, "-B", build, *options]
     run(configure, timeout_s=BUILD_TIMEOUT_S)
     progress(f"compiling {', '.join(TARGETS)} with {jobs} jobs; this takes minutes")
-    compile_ = ["cmake", "--build", build, "--config", "Release", "--parallel", str(jobs)]
-    run([*compile_, "--target", *TARGETS], timeout_s=BUILD_TIMEOUT_S)
+    make: list[str | Path] = ["cmake", "--build", build, "--config", "Release", "--parallel", str(jobs)]
+    run([*make, "--target", *TARGETS], timeout_s=BUILD_TIMEOUT_S)
 
 
 def read_stamp(stamp: Path) -> Peer | None:
