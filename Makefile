@@ -1,5 +1,7 @@
 # Everything lives in .venv; nothing is installed outside the checkout.
-PYTHON ?= $(shell command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3)
+# The first that runs: pyenv's shims answer to every name, also to versions that are not there.
+PYTHON ?= $(or $(shell for python in python3.13 python3.12 python3.11; do \
+                         $$python -c '' 2>/dev/null && echo $$python && break; done),python3)
 BIN    := .venv/bin
 NATIVE := CMakeLists.txt pyproject.toml $(shell find cpp -type f)
 CPP    := $(shell find cpp -name '*.cpp' -o -name '*.hpp')
