@@ -16,17 +16,18 @@ from pathlib import Path
 
 from build import Peer, ensure_peer
 from common import BenchmarkError, default_dir, progress, run, run_main
-from machine import CpuClock, build_reader, governor, processor, read_bandwidth
-from models import (
+from gguf_models import (
     QUANTIZED_TYPES,
     SHAPES,
     Shape,
+    check_types,
     ensure_models,
     file_bytes_per_token,
     shape_named,
     split_names,
     weights_per_token,
 )
+from machine import CpuClock, build_reader, governor, processor, read_bandwidth
 from report import (
     ROUND_HEADER,
     Pair,
@@ -81,7 +82,8 @@ def write_taper(shape: Shape, path: Path, python: str) -> None:
 
 def ours_command(options: Options, file: Path, bits: int) -> tuple[str, ...]:
     """Return the command line of one of our runs."""
-    counts = ("--threads", str(options.threads), "--prompt", "0", "--generate", str(options.generate))
+    threads, generate = str(options.threads), str(options.generate)
+    counts = ("--threads", threads, "--prompt", "0", "--generate", generate, "--repeat", "1")
     return (options.python, "-m", "taper", "bench", str(file), "--bits", str(bits), *counts, "--json")
 
 
@@ -92,7 +94,7 @@ def theirs_command(options: Options, peer: Peer, file: Path) -> tuple[str, ...]:
 
 
 def parse_ours(stdout: str, bits: int, generate: int) -> tuple[float, int]:
-    """Read tokens per second and weight bytes per token from the last line of `taper bench --json`."""
+    """Read tokens per second and bytes per token from the last line of `taper bench --json`."""
     test = f"tg{generate}"
     try:
         rows = json.loads(stdout.splitlines()[-1])["rows"]
@@ -181,7 +183,12 @@ def commit() -> str:
 def conditions(options: Options, peer: Peer) -> dict[str, object]:
     """Return what a reader needs to judge or repeat the run."""
     version = "import importlib.metadata as m, platform as p; print(p.python_version(), m.version('taper'))"
-    python_version, taper_version = run([options.python, "-c", version], timeout_s=60).split()
+    try:
+        python_version, taper_version = run([options.python, "-c", version], timeout_s=60).split()
+    except BenchmarkError:
+        raise BenchmarkError(
+            f"taper is not installed in {options.python}; install it there or give another Python by --python"
+        ) from None
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": processor(),
@@ -226,6 +233,7 @@ def parse_options() -> Options:
     against = tuple(split_names(args.against))
     if not bits or not against:
         raise BenchmarkError("--bits or --against is empty; give at least one name to each")
+    check_types(against)
     return Options(
         shape_named(args.shape),
         bits,

@@ -15,7 +15,7 @@ class Side:
         name: such as `4 bits` or `Q4_0`.
         command: program and arguments that gave the samples.
         file_bytes: size of the model file.
-        bytes_per_token: weight bytes read to decode one token.
+        bytes_per_token: bytes of the model read to decode one token.
         weights_per_token: weights multiplied to decode one token.
     """
 
@@ -47,7 +47,7 @@ class Sample:
 
     @property
     def bytes_per_s(self) -> float:
-        """Weight bytes read per second."""
+        """Bytes of the model read per second."""
         return self.tokens_per_s * self.side.bytes_per_token
 
     @property

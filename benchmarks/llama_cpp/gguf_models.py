@@ -90,6 +90,13 @@ def shape_named(name: str) -> Shape:
     return SHAPES[name]
 
 
+def check_types(types: Sequence[str]) -> None:
+    """Refuse a name that is not among `QUANTIZED_TYPES`."""
+    for name in types:
+        if name not in QUANTIZED_TYPES:
+            raise BenchmarkError(f"quantized type {name} is unknown; use {', '.join(QUANTIZED_TYPES)}")
+
+
 def optional_package(name: str) -> ModuleType:
     """Import a package that only this benchmark needs."""
     try:
@@ -208,9 +215,7 @@ def ensure_models(
     Returns:
         One path per type, in the order of `types`.
     """
-    for name in types:
-        if name not in QUANTIZED_TYPES:
-            raise BenchmarkError(f"quantized type {name} is unknown; use {', '.join(QUANTIZED_TYPES)}")
+    check_types(types)
     directory.mkdir(parents=True, exist_ok=True)
     paths = {name: directory / f"{shape.name}-{name}.gguf" for name in types}
     missing = [name for name, path in paths.items() if not path.exists()]
