@@ -23,7 +23,9 @@ const uint8_t* take_magnitudes(const ActivationsView& x, int64_t cols) {
 
 TAPER_INLINE inline __m256i multiply_add(__m256i acc, __m256i weights, __m256i q, __m256i magnitude) {
   const __m256i pairs = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(weights, q));
-  return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  acc = _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  asm("" : "+x"(acc));  // else GCC sums a block as a tree, whose leaves do not fit in 16 registers
+  return acc;
 }
 
 template <int kBits, int kTokens>
