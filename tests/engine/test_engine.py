@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import tokenizers
 
 from taper.engine import Engine, Request, SamplingParams
 from taper.engine.completion import StepOutput
 from taper.errors import DoesNotFitError, UsageError
 from taper.precision import Fixed, PhaseAware, Progressive
+from taper.tokenizer import Tokenizer
 
 EOS = 257
 FOUR = Fixed(4)
@@ -159,6 +161,15 @@ def test_a_cut_off_character_is_marked_at_the_end(says, tokenizer):
     assert result.text == "a\ufffd"
 
 
+def test_the_space_after_the_prompt_is_kept(says):
+    """SentencePiece decoding strips the first space of a text; an output that continues a prompt keeps it."""
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"▁one": 0, "▁two": 1}, "▁one"))
+    words.decoder = tokenizers.decoders.Metaspace()
+    model = says([1, 1], vocab_size=2, eos=())
+    result = Engine(model, Tokenizer(words.to_str())).generate(Request([0], FOUR, max_tokens=2))
+    assert result.text == " two two"
+
+
 def test_stop_string_that_the_end_completes_counts(says, tokenizer):
     """A broken character becomes U+FFFD only when the output ends; a stop string may contain it."""
     result = Engine(says("ab世"), tokenizer).generate(Request("p", FOUR, max_tokens=4, stop="b\ufffd"))
@@ -217,6 +228,22 @@ def test_an_interrupt_in_a_pass_aborts_and_passes_on(says, tokenizer):
     with pytest.raises(KeyboardInterrupt):
         list(stream)
     assert (stream.completion().text, stream.completion().finish_reason) == ("ab", "abort")
+
+
+def test_an_error_that_is_kept_does_not_keep_the_cache(says, tokenizer):
+    """Its traceback holds the engine's frames; the cache must be gone from them."""
+
+    class Failing:
+        name = "failing"
+
+        def bits(self, step):
+            return 4 if step.phase == "prefill" else 9
+
+    model = says("a")
+    with pytest.raises(UsageError) as error:
+        Engine(model, tokenizer).generate(Request("p", Failing()))
+    assert error.tb is not None
+    assert model.caches[0]() is None
 
 
 def test_streams_side_by_side_do_not_disturb_each_other(says, tokenizer):

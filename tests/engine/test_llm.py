@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import tokenizers
 
 import taper
 from taper.engine import Request, embedded_model
@@ -10,7 +11,7 @@ from taper.errors import DoesNotFitError, ModelNotFoundError, UsageError
 from taper.formats.container import TaperFile
 from taper.models import Decoder
 from taper.precision import Fixed
-from taper.testing.tiny import tiny_hf_dir, tiny_taper
+from taper.testing.tiny import tiny_hf_dir, tiny_taper, tiny_tokenizer_json
 
 PROMPT = "the cat and the hat"
 CHAT = [{"role": "user", "content": "Hi"}]
@@ -110,18 +111,19 @@ def test_chat_renders_without_doubled_special_tokens(llm):
         assert "".join(map(str, stream)) == completion.text
 
 
-def test_special_tokens_of_the_model_reach_the_template(llm):
-    with_tokens = taper.LLM(
-        llm.engine.model, _tokenizer_json(llm), "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}"
-    )
-    assert with_tokens.render_chat(CHAT) == "<|bos|>Hi<|eos|>"
-    with_tokens.close()
-
-
-def _tokenizer_json(llm):
-    from taper.testing.tiny import tiny_tokenizer_json
-
-    return tiny_tokenizer_json()
+def test_chat_takes_special_tokens_from_the_template_alone(llm):
+    """The tokenizer adds <|bos|> to a text, and the template writes it: a chat has it once."""
+    tokenizer = tokenizers.Tokenizer.from_str(tiny_tokenizer_json())
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("<|bos|> $A", None, [("<|bos|>", 0)])
+    template = "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}"
+    chatty = taper.LLM(llm.engine.model, tokenizer.to_str(), template)
+    assert chatty.render_chat(CHAT) == "<|bos|>Hi<|eos|>"
+    expected = (0, *llm.tokenizer.encode("Hi"), 1)
+    assert chatty.chat(CHAT, max_tokens=1).prompt_ids == expected
+    with chatty.stream_chat(CHAT, max_tokens=1) as stream:
+        assert stream.completion().prompt_ids == expected
+    assert chatty.generate("Hi", max_tokens=1).prompt_ids == expected[:-1]
+    chatty.close()
 
 
 def test_without_a_template_chat_is_refused(hf_dir):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -125,6 +126,13 @@ def test_hostile_and_wrong_templates_are_stopped_with_one_line(source):
 def test_a_refusal_of_the_template_is_passed_on():
     with pytest.raises(UsageError, match="roles must alternate"):
         render("{{ raise_exception('roles must\nalternate') }}")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not hold a process to RLIMIT_AS")
+def test_memory_is_limited():
+    """1.5 GiB would be there without the limit, and be refused for its length instead."""
+    with pytest.raises(UsageError, match="MemoryError"):
+        render("{% set n = 3 * 2 ** 29 %}{{ 'a' * n }}")
 
 
 def peak_bytes():

@@ -127,6 +127,21 @@ def test_special_tokens_in_between_are_silent(byte_fallback):
     assert pieces(byte_fallback, [1, the, 2, the, 10**6, the]) == ["", "the", "", " the", "", " the", ""]
 
 
+def test_special_tokens_without_end_cost_nothing(byte_fallback):
+    detokenizer = IncrementalDetokenizer(byte_fallback)
+    assert {detokenizer.append(2) for _ in range(100)} == {""}
+    assert len(detokenizer._window) == 0
+
+
+def test_bytes_after_a_prompt_that_ends_inside_a_character_come_out_at_once(byte_fallback):
+    context = tuple(byte_ids(byte_fallback, "世".encode()[:2]))
+    assert pieces(byte_fallback, byte_ids(byte_fallback, "世".encode()[2:] + b"x"), context) == [
+        "",
+        "",
+        "\ufffd\ufffd",
+    ]
+
+
 @pytest.mark.parametrize(("context", "first"), [((), "the"), ((1,), "the"), ((1, 260), " the")])
 def test_space_before_the_first_word_is_kept_after_a_prompt(byte_fallback, context, first):
     """`the` after nothing, ` the` after a prompt with a visible token, whatever special ones follow it."""

@@ -63,7 +63,7 @@ class Sequence:
             self.finish("stop", token.token_id)
         elif self.detokenizer is not None:
             piece = self._passed(self.detokenizer.append(token.token_id))
-        if self.state == "running" and len(self.tokens) == self.max_tokens:
+        if len(self.tokens) == self.max_tokens:
             self.finish("length")
         if self.state == "finished" and self.stop_strings.matched is None:
             piece += self._rest()

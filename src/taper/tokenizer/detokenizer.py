@@ -59,12 +59,10 @@ class IncrementalDetokenizer:
         return new
 
     def _emit_broken(self, text: str) -> str:
-        """Hand out broken bytes, except a last character that may become whole: at most three tokens."""
-        for end in range(len(self._window) - 3, len(self._window)):
-            head = self._tokenizer.decode(self._window[:end])
-            if head + self._tokenizer.decode(self._window[end:]) == text:
-                return self._emit(end, head)
-        return ""
+        """Hand out broken bytes up to the last token, which may begin a character; wait where it does not."""
+        end = len(self._window) - 1
+        head = self._tokenizer.decode(self._window[:end])
+        return self._emit(end, head) if head + self._tokenizer.decode(self._window[end:]) == text else ""
 
 
 def _end_of(context: Sequence[int], tokenizer: Tokenizer) -> tuple[list[int], str]:
