@@ -32,6 +32,11 @@ def write(path, parts, matrices=None, tensors=None):
     write_taper(path, header, matrices or own_matrices, own_tensors if tensors is None else tensors)
 
 
+def rewrite(file, path, header):
+    tensors = {FINAL_NORM: file.tensor(FINAL_NORM)}
+    write_taper(path, header, lambda: (file.matrix(spec.name) for spec in file.matrices), tensors)
+
+
 def with_planes(parts, make):
     """The matrices, their planes replaced by make(planes)."""
     return [dataclasses.replace(matrix, planes=make(matrix.planes)) for matrix in parts[1]]
@@ -59,6 +64,22 @@ def test_a_row_of_scales_for_every_level(tmp_path, parts):
     cut = tmp_path / "cut.taper"
     cut.write_bytes(path.read_bytes()[: file.bytes_at(3)])
     np.testing.assert_array_equal(TaperFile.open(cut).matrix("head").scales, matrices[-1].scales[:2])
+
+
+def test_open_file_is_written_again_with_another_card(tmp_path, taper_file):
+    file = TaperFile.open(taper_file)
+    path = tmp_path / "card.taper"
+    header = dataclasses.replace(
+        file.header, card={"perplexity": {"4": 12.5}}, policies={"default": "fixed:3"}
+    )
+    rewrite(file, path, header)
+    again = TaperFile.open(path, verify=True)
+    assert (again.card, again.policies) == (header.card, header.policies)
+    for spec in file.matrices:
+        np.testing.assert_array_equal(again.matrix(spec.name).planes, file.matrix(spec.name).planes)
+    same = tmp_path / "same.taper"
+    rewrite(again, same, again.header)
+    assert same.read_bytes() == path.read_bytes()
 
 
 def test_one_plane_at_a_time_is_asked_for(tmp_path, parts):

@@ -74,10 +74,14 @@ def execute(arguments: Sequence[str]) -> int:
     """Run a command line and return its exit status; nothing but a status comes out unless TAPER_DEBUG=1."""
     is_debug = os.environ.get("TAPER_DEBUG") == "1"
     try:
-        result = taper_group.main(list(arguments), prog_name="taper", standalone_mode=False)
+        # Not Group.main: it turns a closed pipe into status 1 and Ctrl-C into another exception.
+        with taper_group.make_context("taper", list(arguments) or ["--help"]) as context:
+            taper_group.invoke(context)
         sys.stdout.flush()
-        return result if isinstance(result, int) else 0
-    except (KeyboardInterrupt, click.Abort):
+        return 0
+    except click.exceptions.Exit as done:
+        return done.exit_code
+    except KeyboardInterrupt:
         _report("interrupted")
         return EXIT_INTERRUPTED
     except BrokenPipeError:

@@ -75,6 +75,11 @@ class TaperFile:
         return file
 
     @property
+    def header(self) -> TaperHeader:
+        """Everything that is no tensor, for widths up to `max_bits`; `write_taper` writes a changed one."""
+        return self._header
+
+    @property
     def config(self) -> ModelConfig:
         """The model."""
         return self._header.config

@@ -1,0 +1,92 @@
+"""`taper bench`, `taper eval` and `taper quantize` in this process."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from taper.formats.container import TaperFile
+from taper.testing.tiny import tiny_config, tiny_hf_dir
+
+
+@pytest.fixture
+def text(tmp_path):
+    """About 3000 tokens of the tiny tokenizer."""
+    path = tmp_path / "text.txt"
+    path.write_text("The sailor and the stone in the water of the old town. " * 90)
+    return path
+
+
+def test_bench_rows(taper, model):
+    outcome = taper("bench", model, "--bits", "4,2", "--prompt", "8", "--generate", "3", "--repeat", "2")
+    assert outcome.status == 0
+    assert "pp8" in outcome.out
+    report = json.loads(outcome.out.splitlines()[-1])
+    rows = report["rows"]
+    assert [(row["test"], row["bits"]) for row in rows] == [("pp8", 4), ("tg3", 4), ("pp8", 2), ("tg3", 2)]
+    for row in rows:
+        assert len(row["seconds"]) == 2
+        median = sum(row["seconds"]) / 2
+        assert row["tokens_per_s"] == pytest.approx(row["num_tokens"] / median)
+        assert row["gb_per_s"] == pytest.approx(row["bytes_per_token"] * row["tokens_per_s"] / 1e9)
+    # Keys and values of 1, 2 and 3 tokens: 2 layers, 2 heads of 16, float16.
+    kv = 2 * 2 * 2 * 16 * 2 * (1 + 2 + 3) / 3
+    from taper.models import Decoder
+
+    weights = Decoder.from_taper(TaperFile.open(model)).bytes_per_pass(4)
+    assert rows[1]["bytes_per_token"] == pytest.approx(weights + kv)
+
+
+def test_bench_json_prints_one_line(taper, model):
+    outcome = taper(
+        "bench", model, "--bits", "2", "--prompt", "0", "--generate", "2", "--repeat", "1", "--json"
+    )
+    assert outcome.out.count("\n") == 1
+    assert [row["test"] for row in json.loads(outcome.out)["rows"]] == ["tg2"]
+
+
+def test_bench_refuses_what_it_cannot_measure(taper, model):
+    assert taper("bench", model, "--prompt", "0", "--generate", "0").status == 2
+    assert taper("bench", model, "--bits", "9").status == 2
+    assert taper("bench", model, "--bits", "4;3").status == 2
+    assert taper("bench", model, "--prompt", "257").status == 4
+    assert taper("bench", model, "--threads", "0").status == 2
+
+
+def test_eval_labels_both_protocols(taper, model, text):
+    outcome = taper("eval", model, "--text", text, "--bits", "2,8", "--protocol", "both", "--max-blocks", "2")
+    assert outcome.status == 0
+    assert "llama.cpp, 256-token blocks" in outcome.out
+    assert "blocks, 256-token blocks, last 255 tokens scored: 2 blocks, 510 tokens scored" in outcome.out
+
+
+def test_quantize_then_eval_against_the_checkpoint(taper, tmp_path, text):
+    folder = tiny_hf_dir(tmp_path / "hf", num_layers=1)
+    out = tmp_path / "out.taper"
+    outcome = taper(
+        "quantize", folder, "-o", out, "--bits", "2-4", "--calibration", text, "--calibration-tokens", "512"
+    )
+    assert outcome.status == 0, outcome.err
+    assert "2-4 bits" in outcome.out
+    file = TaperFile.open(out, verify=True)
+    assert (file.config, file.min_bits, file.max_bits) == (tiny_config(num_layers=1), 2, 4)
+    assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
+    outcome = taper(
+        "eval", out, "--text", text, "--bits", "4", "--against", folder, "--max-blocks", "1", "--json"
+    )
+    report = json.loads(outcome.out)["reports"][0]
+    assert [result["bits"] for result in report["results"]] == [32, 4]
+    assert report["results"][1]["mean_kl"] > 0
+
+
+def test_errors_of_quantize_and_eval(taper, tmp_path, model, text):
+    assert taper("quantize", tmp_path / "none", "-o", tmp_path / "x.taper", "--calibration", text).status == 3
+    folder = tiny_hf_dir(tmp_path / "hf")
+    options = ("--calibration", text)
+    assert taper("quantize", folder, "-o", tmp_path / "no" / "x.taper", *options).status == 2
+    assert taper("quantize", folder, "-o", tmp_path / "x.taper", "--bits", "8-2", *options).status == 2
+    assert taper("quantize", folder, "-o", tmp_path / "x.taper").status == 2
+    assert taper("eval", model, "--text", tmp_path / "none.txt").status == 2
+    assert taper("eval", model, "--text", text, "--bits", "9").status == 2
+    assert taper("eval", tmp_path / "none.taper", "--text", text).status == 3
