@@ -205,19 +205,29 @@ def _read_block(readers: Sequence[_Reader], block: Int32, first_scored: int, has
         end = min(begin + piece, len(block) - 1)
         targets = block[begin + 1 : end + 1]
         rows = np.arange(len(targets))
-        reference: Float32 | None = None
+        reference: _Reference | None = None
         for index, reader in enumerate(readers):
             scores = reader.log_probabilities(block[begin:end])
             reader.block_nll[-1] -= float(scores[rows, targets].sum(dtype=np.float64))
             if reference is not None:
-                _compare(reader, scores, reference)
+                reference.compare(reader, scores)
             elif has_reference and index == 0:
-                reference = scores
+                reference = _Reference(scores)
 
 
-def _compare(reader: _Reader, scores: Float32, reference: Float32) -> None:
-    reader.agreements += int(np.count_nonzero(scores.argmax(axis=1) == reference.argmax(axis=1)))
-    reader.divergence += float(np.sum(np.exp(reference) * (reference - scores), dtype=np.float64))
+class _Reference:
+    """The reference's distributions at some positions, from float32 (tokens, vocab) log-probabilities."""
+
+    def __init__(self, scores: Float32) -> None:
+        self._scores = scores
+        self._probabilities = np.exp(scores)
+        self._likeliest = scores.argmax(axis=1)
+
+    def compare(self, reader: _Reader, scores: Float32) -> None:
+        """Add agreements and divergence to the reader's sums."""
+        reader.agreements += int(np.count_nonzero(scores.argmax(axis=1) == self._likeliest))
+        products = np.einsum("ij,ij->i", self._probabilities, self._scores - scores)
+        reader.divergence += float(products.sum(dtype=np.float64))
 
 
 def _standard_error(values: Float64) -> float | None:

@@ -43,7 +43,7 @@ class Blocks:
     @property
     def num_scored(self) -> int:
         """Scored tokens in all blocks."""
-        num_blocks, length = self.tokens.shape
+        num_blocks, length = (int(size) for size in self.tokens.shape)
         return num_blocks * (length - self.first_scored)
 
 

@@ -88,8 +88,9 @@ def gaussian_codebook(min_bits: int = 2, max_bits: int = 8) -> NestedCodebook:
     """
     if not 1 <= min_bits <= max_bits <= 8:
         raise UsageError(f"bits {min_bits}-{max_bits} are outside 1 <= min <= max <= 8")
-    # Lloyd-Max error falls by 4 a bit, so 4^b weighs the relative error of every width alike.
-    weights = np.array([4.0**bits if bits >= min_bits else 0.0 for bits in range(max_bits + 1)])
+    # Lloyd-Max error falls by 4 a bit, so 4^b weighs the relative error of every width alike. Above 6 bits rounding
+    # to int8 sets the error (8 bits: 2.7 times Lloyd-Max), so those widths get no more weight than 6 bits.
+    weights = np.array([4.0 ** min(bits, 6) if bits >= min_bits else 0.0 for bits in range(max_bits + 1)])
     edges = _refine(_optimal_tree(weights), weights)
     levels = tuple(_level(edges[:: 2 ** (max_bits - bits)], bits) for bits in range(min_bits, max_bits + 1))
     return NestedCodebook(levels)
@@ -150,8 +151,9 @@ def _merge(best: FloatArray) -> tuple[FloatArray, NDArray[np.int32]]:
     merged = np.full((size, size), np.inf)
     split = np.zeros((size, size), dtype=np.int32)
     columns = np.arange(size)
+    buffer = np.empty_like(best)  # one for all rows: fresh pages for each would cost more than the sums
     for i in range(size - 1):
-        sums = best[i, i + 1 :, None] + best[i + 1 :, :]
+        sums = np.add(best[i, i + 1 :, None], best[i + 1 :, :], out=buffer[i + 1 :])
         k = np.argmin(sums, axis=0)
         split[i] = k + i + 1
         merged[i] = sums[k, columns]

@@ -40,12 +40,15 @@ class SolverOptions:
         damping: added to the diagonal of H, as a share of its mean.
         passes: coordinate-descent passes after the sweep.
         refit_scales: fit the row scales of each width by least squares.
+        feedback: weigh errors by the inputs' second moments; without it every code is the nearest one, which
+            is what the calibration has to beat.
     """
 
     importance_base: float = 2.0
     damping: float = 0.01
     passes: int = 2
     refit_scales: bool = True
+    feedback: bool = True
 
     def __post_init__(self) -> None:
         if not (np.isfinite(self.importance_base) and self.importance_base > 0):
@@ -93,6 +96,8 @@ def solve(
     Raises:
         TaperError: a row's scale is beyond float16.
     """
+    if not options.feedback:
+        moments = np.eye(len(moments))
     hessian, factor = factorise(moments, options.damping)
     levels = codebook.levels
     values = np.concatenate([level.reals for level in levels])

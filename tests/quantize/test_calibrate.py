@@ -1,0 +1,98 @@
+"""Calibration passages, and the layer-by-layer walk against the whole decoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from taper.errors import UsageError
+from taper.formats.huggingface import HfCheckpoint
+from taper.kernels import rotate
+from taper.models import Decoder
+from taper.quantize.calibrate import CalibrationRun, Moments, sample_tokens
+from taper.testing.tiny import tiny_hf_dir
+
+F32 = npt.NDArray[np.float32]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> HfCheckpoint:
+    return HfCheckpoint.open(tiny_hf_dir(tmp_path_factory.mktemp("hf") / "tiny"))
+
+
+def test_moments_are_those_of_the_whole_decoder(checkpoint: HfCheckpoint) -> None:
+    tokens = np.random.default_rng(0).integers(0, 300, (3, 20)).astype(np.int32)
+    run = CalibrationRun(checkpoint, tokens)
+    found = {name: moments for index in range(2) for name, moments in run.layer(index).items()}
+    found["embed"] = run.head()
+
+    seen: dict[str, list[F32]] = {name: [] for name in found}
+    decoder = Decoder.from_hf(checkpoint)
+    for sequence in tokens:
+        decoder.forward(
+            sequence, decoder.new_cache(20), 32, "none", observe=lambda name, x: seen[name].append(x.copy())
+        )
+    assert len(found) == 2 * 4 + 1
+    for name, moments in found.items():
+        inputs = np.concatenate(seen[name]).astype(np.float64)
+        expected = inputs.T @ inputs
+        assert moments.num_tokens == 60
+        # Float32 inputs from the same operations, products of 20 rows: 1e-5 of the largest entry is ample.
+        np.testing.assert_allclose(moments.total, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_unobserved_layers_still_move_the_hidden_states(checkpoint: HfCheckpoint) -> None:
+    tokens = np.arange(24, dtype=np.int32).reshape(2, 12)
+    watched, resumed = CalibrationRun(checkpoint, tokens), CalibrationRun(checkpoint, tokens)
+    watched.layer(0)
+    assert resumed.layer(0, observe=False) == {}
+    for name, moments in watched.layer(1).items():
+        if name == "layers.1.qkv":
+            np.testing.assert_array_equal(moments.total, resumed.layer(1)[name].total)
+
+
+def test_layers_run_in_order(checkpoint: HfCheckpoint) -> None:
+    run = CalibrationRun(checkpoint, np.zeros((1, 4), dtype=np.int32))
+    with pytest.raises(ValueError, match="layer 1 asked for, layer 0 is next"):
+        run.layer(1)
+    with pytest.raises(ValueError, match="layer 0 has not run"):
+        run.head()
+
+
+def test_rotated_moments_are_those_of_rotated_inputs() -> None:
+    generator = np.random.default_rng(1)
+    inputs = generator.standard_normal((50, 96)).astype(np.float32)
+    signs = generator.choice(np.array([-1, 1], dtype=np.float32), 96)
+    moments = Moments(np.zeros((96, 96)))
+    moments.add(inputs)
+    turned = rotate(inputs, signs, 32).astype(np.float64)
+    result = moments.rotated(signs, 32)
+    np.testing.assert_allclose(result, turned.T @ turned / 50, atol=2e-5)
+    np.testing.assert_array_equal(result, result.T)
+
+
+def test_passages_cover_the_whole_text(checkpoint: HfCheckpoint) -> None:
+    text = "a" * 5000 + "z" * 5000
+    tokens = sample_tokens(checkpoint, text, 1024)
+    assert tokens.dtype == np.int32
+    assert tokens.shape == (4, 256)  # the context of the tiny model
+    assert len(np.unique(tokens[:2])) == len(np.unique(tokens[2:])) == 1
+    assert tokens[0, 0] != tokens[3, 0]
+    np.testing.assert_array_equal(tokens, sample_tokens(checkpoint, text, 1024))
+
+
+def test_a_short_text_gives_one_short_sequence(checkpoint: HfCheckpoint) -> None:
+    assert sample_tokens(checkpoint, "xyz", 32768).shape[0] >= 1
+    assert sample_tokens(checkpoint, "xyz", 256).shape == (1, 3)
+    with pytest.raises(UsageError, match="has 1 tokens"):
+        sample_tokens(checkpoint, "x", 256)
+
+
+def test_text_needs_a_tokenizer(tmp_path: Path) -> None:
+    folder = tiny_hf_dir(tmp_path / "bare")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UsageError, match=r"no tokenizer\.json"):
+        sample_tokens(HfCheckpoint.open(folder), "text", 256)
