@@ -25,7 +25,6 @@ HEIGHT = {
     "evaluate": 5,
     "cli": 6,
     "testing": 6,
-    "__main__": 7,
 }
 SIDEWAYS = {("models", "kvcache")}
 NEVER = {"torch", "transformers", "matplotlib"}

@@ -63,6 +63,15 @@ def wait_for_matrices(process: subprocess.Popen[str], partial: Path) -> None:
         time.sleep(0.002)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_full_device_is_one_line(model):
+    with open("/dev/full", "w") as full:
+        command = [*TAPER, "inspect", str(model)]
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert result.returncode == 4
+    assert result.stderr == "error: no room left on the device: standard output\nhint: free some room\n"
+
+
 def test_reader_that_goes_away_is_no_error(model):
     process = start("inspect", model, "--json")
     process.stdout.close()

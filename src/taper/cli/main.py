@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import signal
@@ -85,8 +86,7 @@ def execute(arguments: Sequence[str]) -> int:
         _report("interrupted")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The reader has gone; without this Python complains once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return EXIT_BROKEN_PIPE
     except Exception as error:
         if is_debug:
@@ -102,6 +102,10 @@ def _status(error: Exception) -> int:
     if isinstance(error, click.ClickException):
         _report(error.format_message().rstrip("."), _usage_hint(error))
         return EXIT_USAGE
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        _drop_output()
+        _report(f"no room left on the device: {error.filename or 'standard output'}", "free some room")
+        return EXIT_DOES_NOT_FIT
     if isinstance(error, MemoryError):
         _report(
             f"out of memory: {error}" if str(error) else "out of memory",
@@ -111,6 +115,11 @@ def _status(error: Exception) -> int:
     reason = str(error).splitlines()[0] if str(error) else "no message"
     _report(f"{type(error).__name__}: {reason}", "TAPER_DEBUG=1 shows where; please report it")
     return EXIT_FAILURE
+
+
+def _drop_output() -> None:
+    """Nobody takes stdout any more; without this Python complains once more when it flushes at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _usage_hint(error: click.ClickException) -> str:
