@@ -118,15 +118,7 @@ def command(
     asked = f"fixed:{bits}" if bits is not None else policy
     options = RunOptions(asked, max_tokens, ctx_size, stop, show_bits, sampling)
     try:
-        if prompt is None:
-            from taper.cli.chat import chat
-
-            chat(llm, options)
-        elif as_json:
-            click.echo(json.dumps(as_record(complete(llm, options, prompt, lambda answer: None), model)))
-        else:
-            completion = complete(llm, options, prompt, lambda answer: show(answer, show_bits, prompt))
-            click.echo(closing_line(completion), err=True)
+        _answer(llm, options, prompt, as_json)
     finally:
         llm.close()
 
@@ -177,10 +169,9 @@ def complete(
         return stream.completion()
 
 
-def as_record(completion: Completion, model: str | None) -> dict[str, Any]:
+def as_record(completion: Completion) -> dict[str, Any]:
     """What `taper run --json` prints: the text, every token with its bits, the figures."""
     return {
-        "model": model,
         "policy": completion.policy,
         "seed": completion.seed,
         "text": completion.text,
@@ -193,6 +184,19 @@ def as_record(completion: Completion, model: str | None) -> dict[str, Any]:
         ],
         "usage": dataclasses.asdict(completion.usage),
     }
+
+
+def _answer(llm: LLM, options: RunOptions, prompt: str | None, as_json: bool) -> None:
+    """Chat, or one answer as text or as JSON."""
+    if prompt is None:
+        from taper.cli.chat import chat
+
+        chat(llm, options)
+    elif as_json:
+        click.echo(json.dumps(as_record(complete(llm, options, prompt, lambda stream: None))))
+    else:
+        completion = complete(llm, options, prompt, lambda stream: show(stream, options.show_bits, prompt))
+        click.echo(closing_line(completion), err=True)
 
 
 def _exists(text: str) -> bool:

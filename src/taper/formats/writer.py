@@ -64,13 +64,28 @@ def write_taper(
     entries = layout(
         header.config, header.max_bits, {spec.name: len(small[f"{spec.name}.scales"]) for spec in specs}
     )
+    _write_file(path, header, entries, _arrays(header, source, small))
+
+
+def pack_signs(signs: F32) -> U8:
+    """Bits of +-1 signs; the inverse of `container.unpack_signs`."""
+    return np.packbits(signs < 0, bitorder="little")
+
+
+def _write_file(
+    path: Path,
+    header: TaperHeader,
+    entries: list[TensorEntry],
+    arrays: Iterable[tuple[str, npt.NDArray[Any]]],
+) -> None:
+    """Data first, under a temporary name; then the header, whose length the digests do not change."""
     data_begin = len(_header_bytes(header, entries, {entry.name: "0" * DIGEST_DIGITS for entry in entries}))
     _check_disk(path, data_begin + entries[-1].end)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with temporary.open("wb") as file:
             file.write(bytes(data_begin))
-            digests = _write_data(file, entries, _arrays(header, source, small))
+            digests = _write_data(file, entries, arrays)
             file.seek(0)
             file.write(_header_bytes(header, entries, digests))
             file.flush()
@@ -81,11 +96,6 @@ def write_taper(
         raise _explained(error, path) from error
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def pack_signs(signs: F32) -> U8:
-    """Bits of +-1 signs; the inverse of `container.unpack_signs`."""
-    return np.packbits(signs < 0, bitorder="little")
 
 
 def _passes(matrices: MatrixSource) -> Callable[[], Iterable[PlanedMatrix]]:
