@@ -48,8 +48,8 @@ def closing_line(completion: Completion) -> str:
     """Counts, speeds, bits, bytes and memory in one line."""
     usage = completion.usage
     parts = [
-        f"prompt {usage.num_prompt_tokens} tokens at {usage.prefill_tokens_per_s:.1f} tok/s",
-        f"generated {usage.num_completion_tokens} tokens at {usage.decode_tokens_per_s:.1f} tok/s",
+        f"prompt {_tokens(usage.num_prompt_tokens)} at {usage.prefill_tokens_per_s:.1f} tok/s",
+        f"generated {_tokens(usage.num_completion_tokens)} at {usage.decode_tokens_per_s:.1f} tok/s",
         f"{usage.average_bits:.2f} bits on average",
         f"{file_size(usage.bytes_per_token)} read per token",
         f"peak memory {memory_size(usage.peak_memory_bytes)}",
@@ -59,10 +59,14 @@ def closing_line(completion: Completion) -> str:
 
 def _legend(counts: Counter[int]) -> str:
     """Each width once, in its own colour, with its share of the tokens."""
-    entries = [(bits, f"{bits} bits: {count} tokens") for bits, count in sorted(counts.items(), reverse=True)]
+    entries = [(bits, f"{bits} bits: {_tokens(count)}") for bits, count in sorted(counts.items(), reverse=True)]
     if is_coloured(sys.stderr):
         return "  ".join(in_bits_colour(f"■ {text}", bits) for bits, text in entries)
     return "  ".join(f"[{bits}] {text}" for bits, text in entries)
+
+
+def _tokens(count: int) -> str:
+    return f"{count} token" if count == 1 else f"{count} tokens"
 
 
 def _write(text: str) -> None:
