@@ -12,7 +12,7 @@ from taper.errors import UsageError
 from taper.formats.huggingface import HfCheckpoint
 from taper.kernels import rotate
 from taper.models import Decoder
-from taper.quantize.calibrate import CalibrationRun, Moments, sample_tokens
+from taper.quantize.calibrate import CalibrationRun, Moments, generate_tokens, sample_tokens
 from taper.testing.tiny import tiny_hf_dir
 
 F32 = npt.NDArray[np.float32]
@@ -96,3 +96,19 @@ def test_text_needs_a_tokenizer(tmp_path: Path) -> None:
     (folder / "tokenizer.json").unlink()
     with pytest.raises(UsageError, match=r"no tokenizer\.json"):
         sample_tokens(HfCheckpoint.open(folder), "text", 256)
+
+
+def test_generated_tokens_follow_the_model(checkpoint: HfCheckpoint) -> None:
+    tokens = generate_tokens(checkpoint, 600, seed=3)
+    assert tokens.shape == (2, 256)
+    np.testing.assert_array_equal(tokens, generate_tokens(checkpoint, 600, seed=3))
+    assert not np.array_equal(tokens, generate_tokens(checkpoint, 600, seed=4))
+    decoder = Decoder.from_hf(checkpoint)
+    logits = decoder.forward(tokens[0], decoder.new_cache(256), 32, logits="all")
+    assert logits is not None
+    scores = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    drawn = scores[np.arange(255), tokens[0, 1:]].mean()
+    # A sample's mean log-probability is minus the entropy, give or take; uniform draws would lie far below.
+    entropy = -(np.exp(scores) * scores).sum(axis=1).mean()
+    spread = scores.std() / np.sqrt(255)
+    assert abs(drawn + entropy) < 5 * spread

@@ -89,6 +89,27 @@ def test_the_same_input_gives_the_same_bytes(folder: Path, text: Path, made: Pat
     assert (tmp_path / "again.taper").read_bytes() == made.read_bytes()
 
 
+def test_without_text_the_model_calibrates_on_its_own(folder: Path, tmp_path: Path) -> None:
+    options = QuantizeOptions(bits=(2, 6), calibration_tokens=512, solver=SolverOptions(passes=0))
+    calls: list[Progress] = []
+
+    def stop(progress: Progress) -> None:
+        calls.append(progress)
+        if progress.stage == "solve":
+            raise KeyboardInterrupt
+
+    with pytest.raises(StoppedError):
+        quantize(folder, tmp_path / "own.taper", options=options, progress=stop)
+    assert calls[0].stage == "generate"
+    resumed: list[Progress] = []
+    report = quantize(folder, tmp_path / "own.taper", options=options, progress=resumed.append)
+    assert "generate" not in {progress.stage for progress in resumed}
+    quantize(folder, tmp_path / "again.taper", options=options)
+    assert (tmp_path / "own.taper").read_bytes() == (tmp_path / "again.taper").read_bytes()
+    assert report.calibration_tokens == 512
+    assert max(weight_errors(TaperFile.open(tmp_path / "own.taper"), folder).values()) < 0.1
+
+
 def test_another_seed_gives_other_signs(folder: Path, text: Path, made: Path, tmp_path: Path) -> None:
     options = QuantizeOptions(bits=(2, 6), calibration_tokens=1024, seed=1, solver=SolverOptions(passes=1))
     quantize(folder, tmp_path / "seed.taper", calibration=text, options=options)

@@ -107,23 +107,30 @@ def measure_perplexity(
     opened, tokenizer_json = _open(Path(model))
     if tokenizer_json is None:
         raise UsageError(f"{model} holds no tokenizer, so text cannot be read", hint="add its tokenizer.json")
-    readers = [_Reader(opened, width) for width in _widths(opened, bits)]
+    readers = [Reader(opened, width) for width in _widths(opened, bits)]
     if against is not None:
         reference = Decoder.from_hf(HfCheckpoint.open(against))
         _check_vocabularies(reference, opened)
-        readers.insert(0, _Reader(reference, FLOAT_BITS))
+        readers.insert(0, Reader(reference, FLOAT_BITS))
     context = min(reader.decoder.context_length for reader in readers)
     blocks = cut(read_text(text), Tokenizer(tokenizer_json), context, protocol, max_blocks)
     return measure_blocks(readers, blocks, against is not None, progress)
 
 
 def measure_blocks(
-    readers: Sequence[_Reader],
+    readers: Sequence[Reader],
     blocks: Blocks,
     has_reference: bool,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> PerplexityReport:
-    """Read every block with every reader; the first is the reference where there is one."""
+    """Read every block with every reader; the first is the reference where `has_reference` says so.
+
+    Args:
+        readers: fresh ones, of models with one vocabulary.
+        blocks: from `cut`.
+        has_reference: compare all others with the first.
+        progress: as in `measure_perplexity`.
+    """
     begin = time.perf_counter()
     for done, block in enumerate(blocks.tokens, 1):
         _read_block(readers, block, blocks.first_scored, has_reference)
@@ -136,8 +143,16 @@ def measure_blocks(
 
 
 @dataclass(slots=True)
-class _Reader:
-    """One decoder at one width with its running sums."""
+class Reader:
+    """One decoder at one width with its running sums over the blocks read.
+
+    Attributes:
+        decoder: over planes or over float32.
+        bits: the width to read.
+        block_nll: negative log-likelihood of each block's scored tokens, summed.
+        agreements: scored positions whose likeliest token is the reference's.
+        divergence: sum of KL divergences from the reference over the scored positions, in nats.
+    """
 
     decoder: Decoder
     bits: int
@@ -167,7 +182,7 @@ class _Reader:
         assert self._cache is not None
         self.decoder.forward(tokens, self._cache, self.bits, logits="none")
 
-    def result(self, blocks: Blocks, reference: _Reader | None) -> WidthResult:
+    def result(self, blocks: Blocks, reference: Reader | None) -> WidthResult:
         """The figures over all blocks read so far."""
         per_block = blocks.tokens.shape[1] - blocks.first_scored
         nll = np.array(self.block_nll) / per_block
@@ -194,7 +209,7 @@ class _Reader:
         )
 
 
-def _read_block(readers: Sequence[_Reader], block: Int32, first_scored: int, has_reference: bool) -> None:
+def _read_block(readers: Sequence[Reader], block: Int32, first_scored: int, has_reference: bool) -> None:
     """Score the tokens from `first_scored` on; their logits come from the positions before them."""
     for reader in readers:
         reader.start(len(block))
@@ -223,7 +238,7 @@ class _Reference:
         self._probabilities = np.exp(scores)
         self._likeliest = scores.argmax(axis=1)
 
-    def compare(self, reader: _Reader, scores: Float32) -> None:
+    def compare(self, reader: Reader, scores: Float32) -> None:
         """Add agreements and divergence to the reader's sums."""
         reader.agreements += int(np.count_nonzero(scores.argmax(axis=1) == self._likeliest))
         products = np.einsum("ij,ij->i", self._probabilities, self._scores - scores)

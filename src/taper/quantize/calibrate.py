@@ -18,6 +18,7 @@ from taper.kvcache import KvCache
 from taper.layers.attention import Attention
 from taper.layers.linear import Before, FloatLinear, Norm, Swiglu
 from taper.layers.rope import Rope, context_length
+from taper.models import Decoder
 from taper.models.block import Block, Step
 from taper.models.families import matrix_sources, read_final_norm, read_matrix
 from taper.models.parts import FLOAT_BITS
@@ -28,6 +29,7 @@ Float64 = NDArray[np.float64]
 Int32 = NDArray[np.int32]
 
 SEQUENCE_TOKENS = 512
+_GENERATION_STREAM = 1 << 20  # beyond the number of any matrix, whose signs take the streams below
 # English gives 3 to 5 characters a token; a window of 12 fills a sequence in any usual tokenizer.
 _CHARACTERS_PER_TOKEN = 12
 
@@ -58,6 +60,39 @@ def sample_tokens(checkpoint: HfCheckpoint, text: str, num_tokens: int) -> Int32
         )
     length = min(length, len(ids))
     return np.array(ids[: len(ids) // length * length], dtype=np.int32).reshape(-1, length)
+
+
+def generate_tokens(checkpoint: HfCheckpoint, num_tokens: int, seed: int) -> Int32:
+    """Text of the float model's own at temperature 1: calibration without data (LLM-QAT, arXiv 2305.17888).
+
+    Each sequence begins with the tokenizer's beginning-of-text token, where it has one, and a random token.
+    Costs a decode step a token, so a small model takes a minute and a large one hours.
+
+    Args:
+        checkpoint: the float model.
+        num_tokens: about how many.
+        seed: of the draws.
+
+    Returns:
+        int32 (sequences, tokens).
+    """
+    decoder = Decoder.from_hf(checkpoint)
+    generator = np.random.default_rng([seed, _GENERATION_STREAM])
+    begin = [] if checkpoint.tokenizer_json is None else Tokenizer(checkpoint.tokenizer_json).encode("")
+    length = min(SEQUENCE_TOKENS, decoder.context_length, max(num_tokens, len(begin) + 2))
+    tokens = np.empty((max(1, num_tokens // length), length), dtype=np.int32)
+    cache = decoder.new_cache(length)
+    for sequence in tokens:
+        cache.truncate(0)
+        first = len(begin) + 1
+        sequence[:first] = [*begin, int(generator.integers(checkpoint.config.vocab_size))]
+        logits = decoder.forward(sequence[:first], cache, FLOAT_BITS)
+        for position in range(first, length):
+            assert logits is not None
+            # Adding Gumbel noise and taking the largest draws from the softmax.
+            sequence[position] = np.argmax(logits[0] + generator.gumbel(size=logits.shape[1]))
+            logits = decoder.forward(sequence[position : position + 1], cache, FLOAT_BITS)
+    return tokens
 
 
 @dataclass(slots=True)

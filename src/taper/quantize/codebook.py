@@ -88,8 +88,8 @@ def gaussian_codebook(min_bits: int = 2, max_bits: int = 8) -> NestedCodebook:
     """
     if not 1 <= min_bits <= max_bits <= 8:
         raise UsageError(f"bits {min_bits}-{max_bits} are outside 1 <= min <= max <= 8")
-    # Lloyd-Max error falls by 4 a bit, so 4^b weighs the relative error of every width alike. Above 6 bits rounding
-    # to int8 sets the error (8 bits: 2.7 times Lloyd-Max), so those widths get no more weight than 6 bits.
+    # Lloyd-Max error falls by 4 a bit, so 4^b weighs the relative error of every width alike. Above 6 bits
+    # rounding to int8 sets the error (8 bits: 2.7 times Lloyd-Max), so those weigh no more than 6 bits.
     weights = np.array([4.0 ** min(bits, 6) if bits >= min_bits else 0.0 for bits in range(max_bits + 1)])
     edges = _refine(_optimal_tree(weights), weights)
     levels = tuple(_level(edges[:: 2 ** (max_bits - bits)], bits) for bits in range(min_bits, max_bits + 1))

@@ -21,7 +21,7 @@ from taper.formats.text import read_text
 from taper.formats.writer import write_taper
 from taper.kernels import pack_planes, rotate
 from taper.models.families import MatrixSource, matrix_sources, read_final_norm, read_matrix
-from taper.quantize.calibrate import CalibrationRun, Moments, sample_tokens
+from taper.quantize.calibrate import CalibrationRun, Moments, generate_tokens, sample_tokens
 from taper.quantize.codebook import NestedCodebook, gaussian_codebook
 from taper.quantize.shards import ShardFolder
 from taper.quantize.solver import SolverOptions, solve
@@ -42,7 +42,7 @@ class Progress:
     """How far the work is.
 
     Attributes:
-        stage: `calibrate`, `solve` or `write`.
+        stage: `generate`, `calibrate`, `solve` or `write`.
         name: the matrix or layer in work.
         done_frac: finished share of all the work, 0..1.
         eta_s: seconds that remain at the present pace; None while there is no pace yet.
@@ -92,7 +92,7 @@ def quantize(
     hf_dir: str | Path,
     out: str | Path,
     *,
-    calibration: str | Path,
+    calibration: str | Path | None = None,
     options: QuantizeOptions | None = None,
     card: dict[str, Any] | None = None,
     policies: dict[str, str] | None = None,
@@ -106,7 +106,8 @@ def quantize(
     Args:
         hf_dir: folder of a Hugging Face checkpoint with safetensors and tokenizer.json.
         out: the `.taper` file to write; an old one is replaced once the new one is whole.
-        calibration: text (.txt or .txt.xz) that resembles what the model will read.
+        calibration: text (.txt or .txt.xz) that resembles what the model will read; None lets the model write
+            its own, which takes a decode step of the float model for each token.
         options: widths, seed and solver.
         card: the quality card to store.
         policies: named precision policies to store.
@@ -125,12 +126,16 @@ def quantize(
             f"{out} is a folder or lies in no folder", hint="name a file in a folder that exists"
         )
     checkpoint = HfCheckpoint.open(hf_dir)
-    tokens = sample_tokens(checkpoint, read_text(calibration), options.calibration_tokens)
     codebook = gaussian_codebook(*options.bits)
-    provenance = _provenance(checkpoint, tokens, options)
+    given = None
+    if calibration is not None:
+        given = sample_tokens(checkpoint, read_text(calibration), options.calibration_tokens)
+    provenance = _provenance(checkpoint, given, options)
     shards = ShardFolder(out.with_name(f"{out.name}.partial"), provenance)
-    job = _Job(checkpoint, tokens, codebook, options, shards, _Meter(progress, checkpoint))
+    meter = _Meter(progress, checkpoint)
     try:
+        tokens = _own_tokens(checkpoint, options, shards, meter) if given is None else given
+        job = _Job(checkpoint, tokens, codebook, options, shards, meter)
         job.run()
         job.write(out, provenance, card or {}, policies or {})
     except KeyboardInterrupt:
@@ -140,6 +145,16 @@ def quantize(
     errors = {spec.name: shards.errors(spec.name) for spec in job.specs}
     shards.remove()
     return QuantizeReport(out, tokens.size, errors, time.perf_counter() - begin)
+
+
+def _own_tokens(
+    checkpoint: HfCheckpoint, options: QuantizeOptions, shards: ShardFolder, meter: _Meter
+) -> Int32:
+    """The model's own calibration tokens, kept so that a resumed run need not write them again."""
+    if not shards.has_tokens():
+        meter.advance("generate", "calibration text", 0)
+        shards.save_tokens(generate_tokens(checkpoint, options.calibration_tokens, options.seed))
+    return shards.tokens()
 
 
 @dataclass(slots=True)
@@ -261,7 +276,7 @@ def _row_work(spec: MatrixSpec) -> int:
     return spec.in_features**2
 
 
-def _provenance(checkpoint: HfCheckpoint, tokens: Int32, options: QuantizeOptions) -> dict[str, Any]:
+def _provenance(checkpoint: HfCheckpoint, tokens: Int32 | None, options: QuantizeOptions) -> dict[str, Any]:
     """Everything that the codes depend on: unfinished work is only taken up when all of it agrees."""
     return {
         "method": "rotated nested codebook, joint error feedback, coordinate descent",
@@ -269,7 +284,7 @@ def _provenance(checkpoint: HfCheckpoint, tokens: Int32, options: QuantizeOption
         "checkpoint_sha256": checkpoint.fingerprint,
         "bits": list(options.bits),
         "seed": options.seed,
-        "calibration_tokens": int(tokens.size),
-        "calibration_sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
+        "calibration_tokens": options.calibration_tokens if tokens is None else int(tokens.size),
+        "calibration_sha256": "own" if tokens is None else hashlib.sha256(tokens.tobytes()).hexdigest(),
         "solver": dataclasses.asdict(options.solver),
     }

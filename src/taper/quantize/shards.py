@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from taper.errors import UsageError
 U8 = NDArray[np.uint8]
 
 _FINGERPRINT_FILE = "fingerprint.json"
+_TOKENS_FILE = "calibration-tokens.safetensors"
 
 
 class ShardFolder:
@@ -76,6 +77,20 @@ class ShardFolder:
         """The relative error of each width."""
         return [float(error) for error in _read(self._file(name), "errors")]
 
+    def has_tokens(self) -> bool:
+        """Whether calibration tokens are kept here."""
+        return (self.path / _TOKENS_FILE).is_file()
+
+    def save_tokens(self, tokens: NDArray[np.int32]) -> None:
+        """Keep calibration tokens that the model wrote: int32 (sequences, tokens)."""
+        _write_atomically(
+            self.path / _TOKENS_FILE, lambda temporary: save_file({"tokens": tokens}, temporary)
+        )
+
+    def tokens(self) -> NDArray[np.int32]:
+        """The tokens of `save_tokens`."""
+        return _read(self.path / _TOKENS_FILE, "tokens")
+
     def remove(self) -> None:
         """Delete the folder and all that is in it."""
         shutil.rmtree(self.path)
@@ -107,7 +122,7 @@ def _read(path: Path, name: str) -> NDArray[Any]:
         ) from error
 
 
-def _write_atomically(path: Path, write: Any) -> None:
+def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Write under a temporary name, sync, rename: the name appears with all its bytes or not at all."""
     temporary = path.with_name(f".{path.name}.partial")
     write(temporary)
