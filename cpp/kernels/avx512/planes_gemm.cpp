@@ -7,7 +7,7 @@ namespace taper::avx512 {
 namespace {
 
 constexpr int kTokens = 6;             // 24 sums, 4 rows of weights and a row of activations fit in 32 registers
-constexpr int64_t kTileBytes = 32768;  // leaves a third of a 48 KiB L1 for the activations
+constexpr int64_t kTileBytes = 24576;  // leaves half of a 48 KiB L1 for the activations
 
 struct Tile {
   const uint8_t* weights;  // (rows, cols)
