@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     "--bits", default="2-8", show_default=True, metavar="MIN-MAX", help="Widths that the file holds."
 )
 @click.option(
-    "--calibration", required=True, metavar="TEXT", help="Text (.txt, .txt.xz) like what the model will read."
+    "--calibration",
+    metavar="TEXT",
+    help="Text (.txt, .txt.xz) like what the model will read; default: the model writes its own, slowly.",
 )
 @click.option(
     "--calibration-tokens",
@@ -34,7 +36,7 @@ def command(
     hf_dir: str,
     out: str,
     bits: str,
-    calibration: str,
+    calibration: str | None,
     calibration_tokens: int | None,
     seed: int,
     threads: int | None,
