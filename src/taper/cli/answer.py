@@ -59,7 +59,9 @@ def closing_line(completion: Completion) -> str:
 
 def _legend(counts: Counter[int]) -> str:
     """Each width once, in its own colour, with its share of the tokens."""
-    entries = [(bits, f"{bits} bits: {_tokens(count)}") for bits, count in sorted(counts.items(), reverse=True)]
+    entries = [
+        (bits, f"{bits} bits: {_tokens(count)}") for bits, count in sorted(counts.items(), reverse=True)
+    ]
     if is_coloured(sys.stderr):
         return "  ".join(in_bits_colour(f"■ {text}", bits) for bits, text in entries)
     return "  ".join(f"[{bits}] {text}" for bits, text in entries)
