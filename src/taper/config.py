@@ -11,8 +11,8 @@ from typing import Any
 class RopeConfig:
     """Rotary position embedding and its scaling variant.
 
-    `variant` is one of default, linear, dynamic, yarn, llama3, longrope; `parameters` holds the variant's own numbers
-    under their Hugging Face names.
+    `variant` is one of default, linear, dynamic, yarn, llama3, longrope; `parameters` holds the variant's
+    own numbers under their Hugging Face names.
     """
 
     theta: float = 10000.0
