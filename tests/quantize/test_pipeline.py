@@ -143,6 +143,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     assert not (tmp_path / "tiny.taper.partial").exists()
     solved = {progress.name for progress in kept if progress.stage == "solve"}
     assert not {name.removesuffix(".safetensors") for name in finished} & solved
+    assert kept[-1].done_frac == pytest.approx(1.0)
 
 
 def test_progress_rises_to_one(folder: Path, text: Path, tmp_path: Path) -> None:

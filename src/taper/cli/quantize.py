@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     "--calibration-tokens",
     type=click.IntRange(1),
     metavar="N",
-    help="How much of it to read; default: 32768.",
+    help="How much of it to read; default: 16384.",
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the rotation's signs.")
 @threads_option

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ class QuantizeOptions:
     """
 
     bits: tuple[int, int] = (2, 8)
-    calibration_tokens: int = 32768
+    calibration_tokens: int = 16384
     seed: int = 0
     solver: SolverOptions = field(default_factory=SolverOptions)
 
@@ -132,7 +132,7 @@ def quantize(
         given = sample_tokens(checkpoint, read_text(calibration), options.calibration_tokens)
     provenance = _provenance(checkpoint, given, options)
     shards = ShardFolder(out.with_name(f"{out.name}.partial"), provenance)
-    meter = _Meter(progress, checkpoint)
+    meter = _Meter(progress, expected_matrices(checkpoint.config))
     try:
         tokens = _own_tokens(checkpoint, options, shards, meter) if given is None else given
         job = _Job(checkpoint, tokens, codebook, options, shards, meter)
@@ -174,6 +174,9 @@ class _Job:
 
     def run(self) -> None:
         """Solve every matrix that has no shard yet: layer by layer, then embedding and head."""
+        for spec in self.specs:
+            if self.shards.holds(spec.name):
+                self.meter.find(spec)
         walk = CalibrationRun(self.checkpoint, self.tokens)
         config = self.checkpoint.config
         head = "embed" if config.tie_word_embeddings else "head"
@@ -253,13 +256,16 @@ class _Job:
 class _Meter:
     """Work done, in products of the solver, and the time that is left at the present pace."""
 
-    def __init__(self, report: Callable[[Progress], None] | None, checkpoint: HfCheckpoint) -> None:
+    def __init__(self, report: Callable[[Progress], None] | None, specs: Sequence[MatrixSpec]) -> None:
         self._report = report
-        self._total = float(
-            sum(spec.out_features * _row_work(spec) for spec in expected_matrices(checkpoint.config))
-        )
+        self._total = float(sum(spec.out_features * _row_work(spec) for spec in specs))
         self._done = 0.0
+        self._found = 0.0
         self._begin = time.perf_counter()
+
+    def find(self, spec: MatrixSpec) -> None:
+        """Count a matrix that an earlier run finished: it is done, but says nothing about the pace."""
+        self._found += spec.out_features * _row_work(spec)
 
     def advance(self, stage: str, name: str, work: float) -> None:
         """Count work and report."""
@@ -267,9 +273,9 @@ class _Meter:
         if self._report is None:
             return
         elapsed = time.perf_counter() - self._begin
-        remaining = self._total - self._done
+        remaining = self._total - self._found - self._done
         eta_s = elapsed * remaining / self._done if self._done else None
-        self._report(Progress(stage, name, self._done / self._total, eta_s))
+        self._report(Progress(stage, name, (self._found + self._done) / self._total, eta_s))
 
 
 def _row_work(spec: MatrixSpec) -> int:

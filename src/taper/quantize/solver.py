@@ -44,7 +44,7 @@ class SolverOptions:
             is what the calibration has to beat.
     """
 
-    importance_base: float = 2.0
+    importance_base: float = 3.0
     damping: float = 0.01
     passes: int = 2
     refit_scales: bool = True
