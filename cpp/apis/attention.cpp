@@ -13,7 +13,6 @@ namespace taper {
 namespace {
 
 constexpr int64_t kPsPerElement = 200;  // of qkv in rope_store
-constexpr int64_t kPsPerProduct = 60;   // 32 heads of 64 over 1000 entries take 120 us (AVX-512)
 
 void check_rows(const QkvRows& rows, const KvView& kv, int64_t position) {
   require(rows.tokens >= 1, "qkv has ", rows.tokens, " rows, expected at least 1");
@@ -63,17 +62,30 @@ void rope_store(float* qkv, const QkvRows& rows, const KvView& kv, int64_t posit
 void attention(const float* qkv, const QkvRows& rows, const KvView& kv, int64_t position, float scale, float* out) {
   check_rows(rows, kv, position);
   const Kernels& table = kernels();
-  const int64_t group = rows.heads / kv.kv_heads, num_entries = position + rows.tokens;
-  const int64_t items = rows.tokens * kv.kv_heads;
-  const Plan plan = plan_items(items, num_entries * group * kv.head_dim * kPsPerProduct, num_threads());
-  parallel_for(items, plan.chunk, plan.threads, [&](int64_t begin, int64_t end) {
+  const int64_t group = rows.heads / kv.kv_heads, num_entries = position + rows.tokens, dim = kv.head_dim;
+  const AttentionPlan plan = plan_attention(rows.tokens, kv.kv_heads, group, num_entries * dim, num_threads());
+  const int64_t parts = (group + plan.heads - 1) / plan.heads;
+  const int64_t head_bytes = kv.capacity * dim * (kv.type == KvType::f16 ? 2 : 4);
+  // Piece i as a call with one token and one KV head. Tokens of one KV head follow each other, so that its keys and
+  // values stay in the cache.
+  const auto piece = [&](int64_t i, float* scratch) -> AttentionArgs {
+    const int64_t token = i % rows.tokens, kv_head = i / rows.tokens / parts;
+    const int64_t first = i / rows.tokens % parts * plan.heads, head = kv_head * group + first;
+    const KvView one{static_cast<char*>(kv.keys) + kv_head * head_bytes,
+                     static_cast<char*>(kv.values) + kv_head * head_bytes,
+                     kv.type,
+                     1,
+                     kv.capacity,
+                     dim};
+    return {qkv + token * rows.width + head * dim,   rows.width,       one,
+            std::min(plan.heads, group - first),     position + token, scale,
+            out + (token * rows.heads + head) * dim, scratch};
+  };
+  const int64_t count = rows.tokens * kv.kv_heads * parts;
+  parallel_for(count, plan.items.chunk, plan.items.threads, [&](int64_t begin, int64_t end) {
     thread_local std::vector<float> scratch;
-    scratch.resize(std::max<size_t>(scratch.size(), attention_scratch(group, num_entries, kv.head_dim)));
-    const AttentionArgs args{qkv, rows.width, kv, rows.heads, position, scale, out, scratch.data()};
-    for (int64_t i = begin; i < end; ++i) {
-      // Tokens of one KV head follow each other, so that its keys and values stay in the cache.
-      table.attention(args, i % rows.tokens, i / rows.tokens);
-    }
+    scratch.resize(std::max<size_t>(scratch.size(), attention_scratch(plan.heads, num_entries, dim)));
+    for (int64_t i = begin; i < end; ++i) table.attention(piece(i, scratch.data()), 0, 0);
   });
 }
 

@@ -17,6 +17,14 @@ struct MatmulPlan {
 
 MatmulPlan plan_matmul(int64_t rows, int64_t cols, int bits, int64_t tokens, int max_threads);
 
+struct AttentionPlan {
+  int64_t heads;  // query heads of one KV head that a piece of work takes
+  Plan items;
+};
+
+// Each query head multiplies about `products` numbers.
+AttentionPlan plan_attention(int64_t tokens, int64_t kv_heads, int64_t group, int64_t products, int max_threads);
+
 // `items` pieces of work of about `ps_each` picoseconds on one core.
 Plan plan_items(int64_t items, int64_t ps_each, int max_threads);
 

@@ -76,12 +76,14 @@ def test_rope_store_and_attention(seed, heads, dim, tokens, position, dtype, num
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_long_sequence_agrees_across_instruction_sets_and_threads(dtype):
-    case = Case.random(1, (32, 4), 64, 5, 1000, dtype)
+@pytest.mark.parametrize(("heads", "tokens"), [((32, 4), 5), ((9, 3), 1), ((5, 1), 1), ((8, 8), 1)])
+def test_long_sequence_agrees_across_instruction_sets_and_threads(dtype, heads, tokens):
+    """Long enough that the work is shared, some of it within the heads of a group."""
+    case = Case.random(1, heads, 64, tokens, 1000, dtype)
     with kernels.use_isa("reference"):
         expected = case.run(kernels)
     for isa in ISAS:
-        for num_threads in (1, 2):
+        for num_threads in (1, 2, 3):
             with kernels.use_isa(isa), threads(num_threads):
                 for got, wanted in zip(case.run(kernels), expected, strict=True):
                     assert_same_bits(got, wanted)
