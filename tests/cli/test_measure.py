@@ -86,7 +86,6 @@ def test_errors_of_quantize_and_eval(taper, tmp_path, model, text):
     options = ("--calibration", text)
     assert taper("quantize", folder, "-o", tmp_path / "no" / "x.taper", *options).status == 2
     assert taper("quantize", folder, "-o", tmp_path / "x.taper", "--bits", "8-2", *options).status == 2
-    assert taper("quantize", folder, "-o", tmp_path / "x.taper").status == 2
     assert taper("eval", model, "--text", tmp_path / "none.txt").status == 2
     assert taper("eval", model, "--text", text, "--bits", "9").status == 2
     assert taper("eval", tmp_path / "none.taper", "--text", text).status == 3
