@@ -1,0 +1,111 @@
+"""Writes the embedded model's card: what it was trained on, and its perplexity at every width.
+
+    python tools/train/card.py --work WORK --hf WORK/hf-final --file src/taper/assets/taper-tiny.taper \
+        --text NAME=held-out.txt --text NAME=other.txt > src/taper/assets/MODEL_CARD.md
+
+Runs `taper eval FILE --against HF` for each text and both protocols; needs no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from taper.formats.container import TaperFile
+
+
+def evaluate(options: argparse.Namespace, text: Path, protocol: str, bits: list[int]) -> dict[str, Any]:
+    """One report of `taper eval --json`."""
+    command = [sys.executable, "-m", "taper", "eval", str(options.file), "--text", str(text), "--json"]
+    command += ["--bits", ",".join(map(str, bits)), "--protocol", protocol, "--against", str(options.hf)]
+    command += ["--max-blocks", str(options.max_blocks)]
+    print(f"evaluating {text.name}, {protocol}", file=sys.stderr, flush=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    report: dict[str, Any] = json.loads(done.stdout)["reports"][0]
+    return report
+
+
+def table(report: dict[str, Any]) -> list[str]:
+    """Markdown rows, the float checkpoint first."""
+    lines = [
+        "| bits | perplexity | bits/byte | increase | top-1 | mean KL (nats) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in report["results"]:
+        cells = [f"{row['perplexity']:.4f} ± {row['standard_error']:.2f}", f"{row['bits_per_byte']:.4f}"]
+        if row["increase_frac"] is None:
+            lines.append(f"| float | {' | '.join(cells)} | | | |")
+            continue
+        cells += [f"{row['increase_frac']:+.2%}", f"{row['top1_agreement']:.2%}", f"{row['mean_kl']:.5f}"]
+        lines.append(f"| {row['bits']} | {' | '.join(cells)} |")
+    return lines
+
+
+def data_rows(facts: dict[str, Any]) -> list[str]:
+    """Markdown rows: what each part of the training text is, and under which licences."""
+    lines = ["| part | documents | tokens | licences |", "|---|---|---|---|"]
+    for name, part in facts["train"].items():
+        licences = ", ".join(sorted(part["bytes_by_licence"]))
+        lines.append(f"| {name} | {part['documents']:,} | {part['tokens']:,} | {licences} |")
+    return lines
+
+
+def card(options: argparse.Namespace) -> list[str]:
+    """The whole card."""
+    file = TaperFile.open(options.file)
+    facts = json.loads((options.work / "data-facts.json").read_text())
+    bits = list(range(file.min_bits, file.max_bits + 1))
+    config = file.config
+    lines = [
+        "# The embedded model",
+        "",
+        f"A {config.architecture} with {config.num_layers} layers, hidden {config.hidden_size}, FFN "
+        f"{config.intermediate_size}, {config.num_heads} heads, {config.num_kv_heads} KV heads, vocabulary "
+        f"{config.vocab_size:,}, tied embedding, context {config.max_position_embeddings:,}: trained from "
+        f"scratch by `tools/train` on {options.tokens} tokens. It continues English text, best in the manner "
+        "of children's stories; it knows nothing and follows no instructions.",
+        "",
+        f"`{options.file.name}`: {options.file.stat().st_size:,} bytes, {bits[0]} to {bits[-1]} bits. "
+        "Licence of the weights: Apache-2.0.",
+        "",
+        "## Training text",
+        "",
+        *data_rows(facts),
+        "",
+        "## Held-out perplexity at each width",
+        "",
+        f"Printed by `tools/train/card.py` on {datetime.date.today()} from `taper eval --against` the float "
+        f"checkpoint; at most the first {options.max_blocks} blocks of each text.",
+    ]
+    for word in options.text:
+        name, _, path = word.partition("=")
+        for protocol in ("windows", "blocks"):
+            report = evaluate(options, Path(path), protocol, bits)
+            lines += [
+                "",
+                f"### {name}: {report['label']}; {report['num_scored']:,} tokens",
+                "",
+                *table(report),
+            ]
+    return lines
+
+
+def main() -> None:
+    """Print the card."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--work", type=Path, required=True, help="directory of prepare.py, for its facts")
+    parser.add_argument("--hf", type=Path, required=True, help="the float checkpoint")
+    parser.add_argument("--file", type=Path, required=True, help="the .taper file made of it")
+    parser.add_argument("--tokens", required=True, help="tokens trained on, in words")
+    parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE", help="repeatable")
+    parser.add_argument("--max-blocks", type=int, default=60, help="of each text and protocol")
+    print("\n".join(card(parser.parse_args())))
+
+
+if __name__ == "__main__":
+    main()
