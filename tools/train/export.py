@@ -53,6 +53,7 @@ def write_directory(model: LanguageModel, work: Path, out: Path) -> None:
     temporary.mkdir(parents=True)
     tensors = {name: weight.detach().float().contiguous() for name, weight in model.state_dict().items()}
     save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+    (temporary / "model.safetensors").chmod(0o644)
     write_json(temporary / "config.json", model.config.hugging_face())
     ids = {"bos_token_id": END, "eos_token_id": END, "pad_token_id": END}
     write_json(temporary / "generation_config.json", {**ids, "do_sample": True, "temperature": 0.7})
