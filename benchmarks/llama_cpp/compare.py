@@ -23,6 +23,7 @@ from gguf_models import (
     check_types,
     ensure_models,
     file_bytes_per_token,
+    optional_package,
     shape_named,
     split_names,
     weights_per_token,
@@ -249,6 +250,7 @@ def parse_options() -> Options:
 def main() -> None:
     """Print conditions, a row per pair as it is measured, medians, and JSON as the last line."""
     options = parse_options()
+    optional_package("gguf")  # needed late, so missed early
     peer = ensure_peer(options.directory, jobs=os.cpu_count() or 1)
     facts = conditions(options, peer)
     for name, value in facts.items():
