@@ -10,7 +10,8 @@ namespace {
 
 constexpr int kTokens = 2;              // 8 sums, 4 rows of weights, 2 of activations and a product: 15 of 16 registers
 constexpr int64_t kTokenBlock = 4;      // tokens widened to int16 together: 16 KiB at 2048 columns
-constexpr int64_t kTileBytes = 131072;  // of weights, in L2: at 2048 columns 32 rows share one widening of the tokens
+constexpr int64_t kTileBytes = 131072;  // of weights, in L2
+constexpr int64_t kLeastRows = 32;      // share one widening of the tokens, however long the rows are
 
 struct Tile {
   const int16_t* weights;  // (rows, cols)
@@ -89,7 +90,7 @@ void unpack_tile(const PlanesView& w, int64_t row, int64_t rows, int16_t* weight
 void planes_gemm(const PlanesView& w, const ActivationsView& x, const OutputView& y, int64_t row_begin,
                  int64_t row_end) {
   const int64_t row_bytes = w.cols * static_cast<int64_t>(sizeof(int16_t));
-  const int64_t rows = std::max<int64_t>(kRows, kTileBytes / row_bytes / kRows * kRows);
+  const int64_t rows = std::max<int64_t>(kLeastRows, kTileBytes / row_bytes / kRows * kRows);
   auto* weights = reinterpret_cast<int16_t*>(scratch((rows + kTokenBlock) * row_bytes));
   int16_t* q = weights + rows * w.cols;
   for (int64_t row = row_begin; row < row_end; row += rows) {
