@@ -389,15 +389,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--weight-decay", type=float, default=0.1, help="of the hidden matrices, times the rate"
     )
-    parser.add_argument("--decay", type=float, default=0.28, help="fraction of the run in the decay phase")
+    parser.add_argument("--decay", type=float, default=0.3, help="fraction of the run in the decay phase")
     parser.add_argument("--long", type=float, default=0.12, help="fraction of the run at 2048 tokens")
     parser.add_argument(
         "--short", type=float, default=0.5, help="fraction of the run at 256 tokens; 512 in between"
     )
     parser.add_argument(
-        "--mix", type=weights_of, default=weights_of("0.42,0.36,0.17,0.05"), help=",".join(BUCKETS)
+        "--mix", type=weights_of, default=weights_of("0.42,0.37,0.15,0.06"), help=",".join(BUCKETS)
     )
-    parser.add_argument("--decay-mix", type=weights_of, default=weights_of("0.55,0.37,0.05,0.03"))
+    parser.add_argument("--decay-mix", type=weights_of, default=weights_of("0.52,0.34,0.10,0.04"))
     parser.add_argument("--every", type=int, default=50, help="steps between progress lines")
     parser.add_argument("--max-steps", type=int, default=10**9)
     parser.add_argument("--compile", action="store_true")
