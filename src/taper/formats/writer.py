@@ -3,6 +3,7 @@ name."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -16,8 +17,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from taper.errors import DoesNotFitError, UsageError
-from taper.formats.safetensors_header import LENGTH_FIELD_BYTES, MAX_HEADER_BYTES, TensorEntry
+from taper.errors import CorruptFileError, DoesNotFitError, UsageError
+from taper.formats.safetensors_header import LENGTH_FIELD_BYTES, MAX_HEADER_BYTES, TensorEntry, read_header
 from taper.formats.spec import (
     ALIGNMENT,
     DIGEST_DIGITS,
@@ -30,10 +31,11 @@ from taper.formats.spec import (
     expected_matrices,
     layout,
 )
-from taper.formats.validate import check_config, find_header_hash
+from taper.formats.validate import check_config, find_header_hash, validate
 
 # A list, or a function that starts a new pass; each plane is one pass over all matrices.
 MatrixSource = Callable[[], Iterable[PlanedMatrix]] | Iterable[PlanedMatrix]
+_COPY_CHUNK_BYTES = 1 << 20
 
 
 def write_taper(
@@ -67,6 +69,45 @@ def write_taper(
     _write_file(path, header, entries, _arrays(header, source, small))
 
 
+def rewrite_header(path: str | Path, header: TaperHeader) -> None:
+    """Give a file another header (card, policies, tokenizer, ...) over the same tensors and digests.
+
+    The file is written anew beside the old one and takes its name once it is whole and on the disk, so that
+    a crash at any moment leaves either the old file or the new one. Open maps keep showing the old one.
+
+    Args:
+        path: a whole `.taper` file; a link to one is followed.
+        header: describes exactly the tensors that the file holds.
+
+    Raises:
+        CorruptFileError: a file that ends early: its missing planes cannot be described anew.
+        DoesNotFitError: the disk has no room for a second copy.
+        UsageError: the folder is not writable, or the header would be too large.
+        ValueError: the header describes other tensors than those in the file.
+    """
+    path = Path(path).resolve()
+    frame = read_header(path)
+    validate(path, frame)
+    if frame.file_bytes < frame.data_begin + frame.data_bytes:
+        raise CorruptFileError(
+            f"{path} is cut off at {frame.file_bytes:,} of {frame.data_begin + frame.data_bytes:,} bytes: "
+            "only a whole file takes another header",
+            hint="copy or download the file again",
+        )
+    raw = _header_bytes(header, [*frame.entries.values()], json.loads(frame.metadata["digests"]))
+    _check_disk(path, len(raw) + frame.data_bytes)
+    with _replacing(path) as file, path.open("rb") as old:
+        file.write(raw)
+        old.seek(frame.data_begin)
+        shutil.copyfileobj(old, file, _COPY_CHUNK_BYTES)
+        file.flush()
+        shutil.copymode(path, file.name)
+        try:
+            validate(path, read_header(Path(file.name)))
+        except CorruptFileError as error:
+            raise ValueError(f"the header does not describe the tensors in the file: {error}") from error
+
+
 def pack_signs(signs: F32) -> U8:
     """Bits of +-1 signs; the inverse of `container.unpack_signs`."""
     return np.packbits(signs < 0, bitorder="little")
@@ -81,13 +122,20 @@ def _write_file(
     """Data first, under a temporary name; then the header, whose length the digests do not change."""
     data_begin = len(_header_bytes(header, entries, {entry.name: "0" * DIGEST_DIGITS for entry in entries}))
     _check_disk(path, data_begin + entries[-1].end)
+    with _replacing(path) as file:
+        file.write(bytes(data_begin))
+        digests = _write_data(file, entries, arrays)
+        file.seek(0)
+        file.write(_header_bytes(header, entries, digests))
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the name once it is whole and on the disk; after any failure the old one is there."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with temporary.open("wb") as file:
-            file.write(bytes(data_begin))
-            digests = _write_data(file, entries, arrays)
-            file.seek(0)
-            file.write(_header_bytes(header, entries, digests))
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
