@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from taper.errors import UsageError
+from taper.evaluate.divergence import agreements, kl_divergences, log_likelihoods, log_normalisers
 from taper.evaluate.protocols import Blocks, cut
+from taper.evaluate.statistics import mean_of_blocks, quantiles_of_blocks
 from taper.formats.container import TaperFile
 from taper.formats.huggingface import HfCheckpoint
 from taper.formats.text import read_text
@@ -24,6 +26,7 @@ from taper.tokenizer import Tokenizer
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 Int32 = NDArray[np.int32]
+Bool = NDArray[np.bool_]
 
 # Logits held at a time, in elements: 64 MiB of float32, 512 tokens of a 32k vocabulary.
 _MAX_LOGITS = 1 << 24
@@ -33,19 +36,24 @@ _MAX_LOGITS = 1 << 24
 class WidthResult:
     """Figures of one width; natural logarithms inside, tokens weighed alike.
 
+    Standard errors come from the spread between blocks and are None with a single block. Everything after
+    `bits_per_byte` compares with a reference and is None without one.
+
     Attributes:
-        bits: the width; 32 is the float checkpoint.
+        bits: the width; a fraction is a budget in bits per weight; 32 is the float checkpoint.
         perplexity: exp of the mean negative log-likelihood of the scored tokens.
-        standard_error: of the perplexity, from the spread between blocks; None with a single block.
+        standard_error: of the perplexity.
         bits_per_byte: the same likelihood per byte of text, comparable between tokenizers.
-        increase_frac: perplexity over the reference's, minus 1; None without a reference, as all below.
-        increase_standard_error: of `increase_frac`, from block-by-block differences; None with a single
-            block.
+        increase_frac: perplexity over the reference's, minus 1.
+        increase_standard_error: of `increase_frac`, from block-by-block differences.
         top1_agreement: share of the scored positions whose likeliest token is the reference's.
-        mean_kl: mean KL divergence from the reference's distribution, in nats.
+        mean_kl, median_kl, p999_kl: of the KL divergences from the reference's distributions, in nats: mean,
+            median and 99.9th percentile over the scored positions.
+        top1_standard_error, mean_kl_standard_error: from block means.
+        median_kl_standard_error, p999_kl_standard_error: from a bootstrap over blocks with a fixed seed.
     """
 
-    bits: int
+    bits: float
     perplexity: float
     standard_error: float | None
     bits_per_byte: float
@@ -53,6 +61,12 @@ class WidthResult:
     increase_standard_error: float | None = None
     top1_agreement: float | None = None
     mean_kl: float | None = None
+    top1_standard_error: float | None = None
+    mean_kl_standard_error: float | None = None
+    median_kl: float | None = None
+    median_kl_standard_error: float | None = None
+    p999_kl: float | None = None
+    p999_kl_standard_error: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +85,7 @@ class PerplexityReport:
     num_scored: int
     results: tuple[WidthResult, ...]
 
-    def width(self, bits: int) -> WidthResult:
+    def width(self, bits: float) -> WidthResult:
         """The result of one width. Raises KeyError when it was not measured."""
         for result in self.results:
             if result.bits == bits:
@@ -83,7 +97,7 @@ def measure_perplexity(
     model: str | Path,
     text: str | Path,
     *,
-    bits: Sequence[int] | None = None,
+    bits: Sequence[float] | None = None,
     protocol: str = "llama.cpp",
     against: str | Path | None = None,
     max_blocks: int | None = None,
@@ -104,16 +118,14 @@ def measure_perplexity(
         UsageError: a width outside the file, a model without a tokenizer, or less text than one block.
         ModelNotFoundError, CorruptFileError: as opening the model does.
     """
-    opened, tokenizer_json = _open(Path(model))
-    if tokenizer_json is None:
-        raise UsageError(f"{model} holds no tokenizer, so text cannot be read", hint="add its tokenizer.json")
-    readers = [Reader(opened, width) for width in _widths(opened, bits)]
+    opened, tokenizer = open_model(model)
+    readers = [Reader(opened, width) for width in checked_widths(opened, bits)]
     if against is not None:
         reference = Decoder.from_hf(HfCheckpoint.open(against))
-        _check_vocabularies(reference, opened)
+        check_vocabularies(reference, opened)
         readers.insert(0, Reader(reference, FLOAT_BITS))
     context = min(reader.decoder.context_length for reader in readers)
-    blocks = cut(read_text(text), Tokenizer(tokenizer_json), context, protocol, max_blocks)
+    blocks = cut(read_text(text), tokenizer, context, protocol, max_blocks)
     return measure_blocks(readers, blocks, against is not None, progress)
 
 
@@ -144,21 +156,21 @@ def measure_blocks(
 
 @dataclass(slots=True)
 class Reader:
-    """One decoder at one width with its running sums over the blocks read.
+    """One decoder at one width with what it found in the blocks read.
 
     Attributes:
         decoder: over planes or over float32.
         bits: the width to read.
         block_nll: negative log-likelihood of each block's scored tokens, summed.
-        agreements: scored positions whose likeliest token is the reference's.
-        divergence: sum of KL divergences from the reference over the scored positions, in nats.
+        divergences: float32 KL divergences from the reference at the scored positions, in pieces.
+        agreements: whether the likeliest token there is the reference's, in the same pieces.
     """
 
     decoder: Decoder
-    bits: int
+    bits: float
     block_nll: list[float] = field(default_factory=list)
-    agreements: int = 0
-    divergence: float = 0.0
+    divergences: list[Float32] = field(default_factory=list)
+    agreements: list[Bool] = field(default_factory=list)
     _cache: KvCache | None = None
 
     def start(self, block_tokens: int) -> None:
@@ -168,13 +180,11 @@ class Reader:
         self._cache.truncate(0)
         self.block_nll.append(0.0)
 
-    def log_probabilities(self, tokens: Int32) -> Float32:
-        """Natural logarithms, float32 (tokens, vocab), for the token after each of `tokens`."""
+    def logits(self, tokens: Int32) -> Float32:
+        """Float32 (tokens, vocab) for the token after each of `tokens`."""
         assert self._cache is not None
         logits = self.decoder.forward(tokens, self._cache, self.bits, logits="all")
         assert logits is not None
-        logits -= logits.max(axis=1, keepdims=True)
-        logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True, dtype=np.float64)).astype(np.float32)
         return logits
 
     def skip(self, tokens: Int32) -> None:
@@ -186,26 +196,29 @@ class Reader:
         """The figures over all blocks read so far."""
         per_block = blocks.tokens.shape[1] - blocks.first_scored
         nll = np.array(self.block_nll) / per_block
-        perplexity, error = math.exp(nll.mean()), _standard_error(nll)
+        perplexity, error = _exponential(nll)
         base = WidthResult(
-            bits=self.bits,
-            perplexity=perplexity,
-            standard_error=None if error is None else perplexity * error,
-            bits_per_byte=float(nll.mean()) / math.log(2.0) * blocks.tokens_per_byte,
+            self.bits, perplexity, error, float(nll.mean()) / math.log(2.0) * blocks.tokens_per_byte
         )
         if reference is None or reference is self:
             return base
-        rise = nll - np.array(reference.block_nll) / per_block
-        ratio, error = math.exp(rise.mean()), _standard_error(rise)
-        return WidthResult(
-            base.bits,
-            base.perplexity,
-            base.standard_error,
-            base.bits_per_byte,
+        ratio, error = _exponential(nll - np.array(reference.block_nll) / per_block)
+        top1 = mean_of_blocks(np.concatenate(self.agreements).reshape(len(nll), per_block))
+        divergences = np.concatenate(self.divergences).reshape(len(nll), per_block)
+        mean = mean_of_blocks(divergences)
+        median, p999 = quantiles_of_blocks(divergences, (0.5, 0.999))
+        return replace(
+            base,
             increase_frac=ratio - 1.0,
-            increase_standard_error=None if error is None else ratio * error,
-            top1_agreement=self.agreements / blocks.num_scored,
-            mean_kl=self.divergence / blocks.num_scored,
+            increase_standard_error=error,
+            top1_agreement=top1.value,
+            top1_standard_error=top1.standard_error,
+            mean_kl=mean.value,
+            mean_kl_standard_error=mean.standard_error,
+            median_kl=median.value,
+            median_kl_standard_error=median.standard_error,
+            p999_kl=p999.value,
+            p999_kl_standard_error=p999.standard_error,
         )
 
 
@@ -219,47 +232,44 @@ def _read_block(readers: Sequence[Reader], block: Int32, first_scored: int, has_
     for begin in range(first_scored - 1, len(block) - 1, piece):
         end = min(begin + piece, len(block) - 1)
         targets = block[begin + 1 : end + 1]
-        rows = np.arange(len(targets))
-        reference: _Reference | None = None
+        reference: tuple[Float32, Float64] | None = None
         for index, reader in enumerate(readers):
-            scores = reader.log_probabilities(block[begin:end])
-            reader.block_nll[-1] -= float(scores[rows, targets].sum(dtype=np.float64))
+            logits = reader.logits(block[begin:end])
+            norms = log_normalisers(logits)
+            reader.block_nll[-1] -= float(log_likelihoods(logits, norms, targets).sum())
             if reference is not None:
-                reference.compare(reader, scores)
+                reader.divergences.append(kl_divergences(*reference, logits, norms).astype(np.float32))
+                reader.agreements.append(agreements(reference[0], logits))
             elif has_reference and index == 0:
-                reference = _Reference(scores)
+                reference = logits, norms
 
 
-class _Reference:
-    """The reference's distributions at some positions, from float32 (tokens, vocab) log-probabilities."""
-
-    def __init__(self, scores: Float32) -> None:
-        self._scores = scores
-        self._probabilities = np.exp(scores)
-        self._likeliest = scores.argmax(axis=1)
-
-    def compare(self, reader: Reader, scores: Float32) -> None:
-        """Add agreements and divergence to the reader's sums."""
-        reader.agreements += int(np.count_nonzero(scores.argmax(axis=1) == self._likeliest))
-        products = np.einsum("ij,ij->i", self._probabilities, self._scores - scores)
-        reader.divergence += float(products.sum(dtype=np.float64))
+def _exponential(logarithms: Float64) -> tuple[float, float | None]:
+    """exp of the mean, and its standard error to first order."""
+    mean = mean_of_blocks(logarithms)
+    value = math.exp(mean.value)
+    return value, None if mean.standard_error is None else value * mean.standard_error
 
 
-def _standard_error(values: Float64) -> float | None:
-    return None if len(values) < 2 else float(values.std(ddof=1)) / math.sqrt(len(values))
+def open_model(model: str | Path) -> tuple[Decoder, Tokenizer]:
+    """The decoder and tokenizer of a `.taper` file or a Hugging Face folder (run in float32).
+
+    Raises:
+        UsageError: a model without a tokenizer.
+        ModelNotFoundError, CorruptFileError: as opening the model does.
+    """
+    path = Path(model)
+    source = HfCheckpoint.open(path) if path.is_dir() else TaperFile.open(path)
+    if source.tokenizer_json is None:
+        raise UsageError(f"{model} holds no tokenizer, so text cannot be read", hint="add its tokenizer.json")
+    decoder = Decoder.from_taper(source) if isinstance(source, TaperFile) else Decoder.from_hf(source)
+    return decoder, Tokenizer(source.tokenizer_json)
 
 
-def _open(path: Path) -> tuple[Decoder, str | None]:
-    if path.is_dir():
-        checkpoint = HfCheckpoint.open(path)
-        return Decoder.from_hf(checkpoint), checkpoint.tokenizer_json
-    file = TaperFile.open(path)
-    return Decoder.from_taper(file), file.tokenizer_json
-
-
-def _widths(decoder: Decoder, bits: Sequence[int] | None) -> list[int]:
+def checked_widths(decoder: Decoder, bits: Sequence[float] | None) -> list[float]:
+    """The widths to measure; None means all whole ones. Raises UsageError for one outside the model."""
     low, high = decoder.min_bits, decoder.max_bits
-    widths = list(range(low, high + 1)) if bits is None else list(bits)
+    widths: list[float] = [*range(low, high + 1)] if bits is None else [*bits]
     for width in widths:
         if not low <= width <= high:
             raise UsageError(
@@ -270,7 +280,8 @@ def _widths(decoder: Decoder, bits: Sequence[int] | None) -> list[int]:
     return widths
 
 
-def _check_vocabularies(reference: Decoder, model: Decoder) -> None:
+def check_vocabularies(reference: Decoder, model: Decoder) -> None:
+    """Raise UsageError unless both have the same number of tokens."""
     if reference.config.vocab_size != model.config.vocab_size:
         raise UsageError(
             f"the reference has {reference.config.vocab_size} tokens, the model {model.config.vocab_size}",
