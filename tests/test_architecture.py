@@ -26,7 +26,7 @@ HEIGHT = {
     "cli": 6,
     "testing": 6,
 }
-SIDEWAYS = {("models", "kvcache")}
+SIDEWAYS = {("models", "kvcache"), ("models", "precision")}
 NEVER = {"torch", "transformers", "matplotlib"}
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from taper.config import ModelConfig
 from taper.errors import CorruptFileError, ModelNotFoundError
 from taper.formats.safetensors_header import SafetensorsHeader, read_header
+from taper.formats.sensitivity import Sensitivity
 from taper.formats.spec import (
     DIGEST_DIGITS,
     F32,
@@ -41,11 +42,12 @@ class TaperFile:
     def __init__(self, path: Path, frame: SafetensorsHeader, header: TaperHeader) -> None:
         self.path = path
         self.total_bits = header.max_bits
-        self.matrices: list[MatrixSpec] = expected_matrices(header.config)
+        self.matrices: list[MatrixSpec] = header.matrices
         # The raw header with the tokenizer's text is megabytes; nothing needs it twice.
         self._frame = replace(frame, raw=b"", metadata={})
         self.max_bits = self._whole_planes()
         self._header = _usable(path, header, self.max_bits)
+        self.matrices = self._header.matrices
         self._data = _map(path)
         for entry in frame.entries.values():
             if entry.dtype in ("F16", "F32"):
@@ -120,6 +122,11 @@ class TaperFile:
         return self._header.provenance
 
     @property
+    def sensitivity(self) -> Sensitivity | None:
+        """What each matrix costs at each width, where it was measured."""
+        return self._header.sensitivity
+
+    @property
     def file_bytes(self) -> int:
         """Size of the file as it is."""
         return self._frame.file_bytes
@@ -141,7 +148,15 @@ class TaperFile:
 
     def bytes_at(self, bits: int) -> int:
         """Bytes of the file's prefix that is the model at `bits`: header, small tensors and planes."""
-        return self._frame.data_begin + self._frame.entries[f"{self.matrices[-1].name}.plane{bits - 1}"].end
+        # The planes of a level lie one after another; a matrix with a lower ceiling has none.
+        names = (f"{spec.name}.plane{bits - 1}" for spec in reversed(self.matrices))
+        last = next(name for name in names if name in self._frame.entries)
+        return self._frame.data_begin + self._frame.entries[last].end
+
+    @property
+    def unplaned_bytes(self) -> int:
+        """Bytes before the planes: header, scales, signs, biases, norm. Every reading needs them."""
+        return self._frame.data_begin + self._frame.entries[f"{self.matrices[0].name}.plane0"].begin
 
     def tensor(self, name: str) -> npt.NDArray[Any]:
         """Read-only view of one tensor. Raises KeyError for a name or a plane that the file does not hold."""
@@ -161,11 +176,12 @@ class TaperFile:
         spec = next((spec for spec in self.matrices if spec.name == name), None)
         if spec is None:
             raise KeyError(name)
+        width = spec.width_at(self.max_bits)
         return PlanedMatrix(
             spec=spec,
-            planes=[self.tensor(f"{name}.plane{plane}") for plane in range(self.max_bits)],
+            planes=[self.tensor(f"{name}.plane{plane}") for plane in range(width)],
             # A cut-off file has fewer levels than its scales have rows.
-            scales=self.tensor(f"{name}.scales")[: self.max_bits - self.min_bits + 1],
+            scales=self.tensor(f"{name}.scales")[: width - self.min_bits + 1],
             bias=self.tensor(f"{name}.bias") if spec.has_bias else None,
             signs=unpack_signs(self.tensor(f"{name}.signs"), spec.in_features),
         )
@@ -223,7 +239,17 @@ def _usable(path: Path, header: TaperHeader, max_bits: int) -> TaperHeader:
         {bits: header.codebook.values[bits] for bits in widths},
         {bits: header.codebook.level_scales[bits] for bits in widths},
     )
-    return replace(header, max_bits=max_bits, codebook=codebook)
+    planes = {name: planes for name, planes in header.planes.items() if planes < max_bits}
+    matrices = expected_matrices(header.config, planes)
+    num_widths = {spec.name: spec.width_at(max_bits) - header.min_bits + 1 for spec in matrices}
+    return replace(
+        header,
+        max_bits=max_bits,
+        codebook=codebook,
+        planes=planes,
+        sensitivity=header.sensitivity and header.sensitivity.cut(num_widths),
+        relative_errors={name: row[: num_widths[name]] for name, row in header.relative_errors.items()},
+    )
 
 
 def _map(path: Path) -> mmap.mmap:

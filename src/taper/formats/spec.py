@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ import numpy.typing as npt
 from taper.config import ModelConfig
 from taper.errors import UsageError
 from taper.formats.safetensors_header import DTYPE_BYTES, TensorEntry
+from taper.formats.sensitivity import Sensitivity
 from taper.kernels import hadamard_block, padded_cols
 
 U8 = npt.NDArray[np.uint8]
@@ -41,6 +42,7 @@ class MatrixSpec:
         cols: in_features rounded up to a multiple of 64, the width of a plane's row in weights.
         block: consecutive columns that are rotated together, the largest power of two dividing in_features.
         has_bias: whether `NAME.bias` is in the file.
+        planes: planes that the file holds of this matrix where they are fewer than the file's, else None.
     """
 
     name: str
@@ -49,6 +51,7 @@ class MatrixSpec:
     cols: int
     block: int
     has_bias: bool = False
+    planes: int | None = None
 
     @property
     def num_weights(self) -> int:
@@ -60,15 +63,20 @@ class MatrixSpec:
         """Bytes of one plane."""
         return self.out_features * self.cols // 8
 
+    def width_at(self, bits: int) -> int:
+        """Planes that a reading at `bits` takes of this matrix: its own ceiling where that is lower."""
+        return bits if self.planes is None else min(bits, self.planes)
+
     def to_dict(self) -> dict[str, Any]:
         """As in the `matrices` metadata."""
+        ceiling = {} if self.planes is None else {"planes": self.planes}
         return {
             "name": self.name,
             "out": self.out_features,
             "in": self.in_features,
             "cols": self.cols,
             "block": self.block,
-        }
+        } | ceiling
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +129,13 @@ class Codebook:
 
 @dataclass(frozen=True, slots=True)
 class TaperHeader:
-    """Everything in the file that is not a tensor."""
+    """Everything in the file that is not a tensor.
+
+    Attributes:
+        planes: matrix name to its planes, of the matrices that hold fewer than `max_bits`.
+        sensitivity: what each matrix costs at each width, for readings at a fraction of bits.
+        relative_errors: matrix name to the solver's relative output error of each width from `min_bits` up.
+    """
 
     config: ModelConfig
     min_bits: int
@@ -132,10 +146,23 @@ class TaperHeader:
     policies: dict[str, str] = field(default_factory=dict)
     card: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    planes: dict[str, int] = field(default_factory=dict)
+    sensitivity: Sensitivity | None = None
+    relative_errors: dict[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def matrices(self) -> list[MatrixSpec]:
+        """The matrices in the order of the file, each with its ceiling."""
+        return expected_matrices(self.config, self.planes)
 
 
-def expected_matrices(config: ModelConfig) -> list[MatrixSpec]:
-    """The matrices of a model, in the order of the file."""
+def expected_matrices(config: ModelConfig, planes: Mapping[str, int] | None = None) -> list[MatrixSpec]:
+    """The matrices of a model, in the order of the file.
+
+    Args:
+        config: the model.
+        planes: ceilings of the matrices that hold fewer planes than the file.
+    """
     hidden, ffn = config.hidden_size, config.intermediate_size
     specs = [_spec("embed", config.vocab_size, hidden)]
     for layer in range(config.num_layers):
@@ -148,20 +175,20 @@ def expected_matrices(config: ModelConfig) -> list[MatrixSpec]:
         ]
     if not config.tie_word_embeddings:
         specs.append(_spec("head", config.vocab_size, hidden))
-    return specs
+    ceilings = planes or {}
+    return [replace(spec, planes=ceilings.get(spec.name)) for spec in specs]
 
 
-def layout(config: ModelConfig, max_bits: int, scale_rows: Mapping[str, int]) -> list[TensorEntry]:
+def layout(header: TaperHeader, scale_rows: Mapping[str, int]) -> list[TensorEntry]:
     """Every tensor of the file in order, pads included.
 
     Args:
-        config: the model.
-        max_bits: number of planes.
+        header: configuration, number of planes and ceilings.
         scale_rows: matrix name to rows of its scales.
     """
-    specs = expected_matrices(config)
+    specs = header.matrices
     entries: list[TensorEntry] = []
-    _place(entries, FINAL_NORM, "F32", (config.hidden_size,))
+    _place(entries, FINAL_NORM, "F32", (header.config.hidden_size,))
     # Widest type first: every array then lies at a multiple of its item size.
     for spec in specs:
         if spec.has_bias:
@@ -171,14 +198,29 @@ def layout(config: ModelConfig, max_bits: int, scale_rows: Mapping[str, int]) ->
     for spec in specs:
         _place(entries, f"{spec.name}.signs", "U8", (-(-spec.in_features // 8),))
     num_pads = 0
-    for plane in range(max_bits):
+    for plane in range(header.max_bits):
         for spec in specs:
+            if plane >= spec.width_at(header.max_bits):
+                continue
             gap = -entries[-1].end % ALIGNMENT
             if gap:
                 _place(entries, f"pad.{num_pads}", "U8", (gap,))
                 num_pads += 1
             _place(entries, f"{spec.name}.plane{plane}", "U8", (spec.out_features, spec.cols // 8))
     return entries
+
+
+def planes_bytes(matrices: Sequence[MatrixSpec], widths: Mapping[str, int]) -> int:
+    """Bytes of the planes that a reading takes, each beginning at a multiple of `ALIGNMENT`.
+
+    Args:
+        matrices: in the order of the file.
+        widths: matrix name to planes read.
+    """
+    aligned = sum(widths[spec.name] * (spec.plane_bytes + -spec.plane_bytes % ALIGNMENT) for spec in matrices)
+    most = max(widths[spec.name] for spec in matrices)
+    last = next(spec for spec in reversed(matrices) if widths[spec.name] == most)
+    return aligned - -last.plane_bytes % ALIGNMENT
 
 
 def parse_widths(text: str) -> tuple[int, int]:

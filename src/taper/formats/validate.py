@@ -6,18 +6,21 @@ import hashlib
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 from taper.config import ModelConfig, RopeConfig
 from taper.errors import CorruptFileError, ModelNotFoundError
 from taper.formats.safetensors_header import SafetensorsHeader, TensorEntry
+from taper.formats.sensitivity import Sensitivity, checked_figures
 from taper.formats.spec import (
     ALIGNMENT,
     DIGEST_DIGITS,
     FORMAT,
     MAX_BITS,
     Codebook,
+    MatrixSpec,
     TaperHeader,
     expected_matrices,
     layout,
@@ -120,7 +123,8 @@ def _header(metadata: dict[str, str]) -> TaperHeader:
     min_bits, max_bits = (int(metadata[key]) for key in ("min_bits", "max_bits"))
     if not 1 <= min_bits <= max_bits <= MAX_BITS:
         raise ValueError(f"widths {min_bits}..{max_bits}; the rule is 1 <= min <= max <= {MAX_BITS}")
-    _check_matrices(_json(metadata, "matrices", list), config)
+    planes = _ceilings(_json(metadata, "matrices", list), config, min_bits, max_bits)
+    levels = range(min_bits, max_bits + 1)
     policies = _json(metadata, "policies", dict)
     if not all(isinstance(text, str) for text in policies.values()):
         raise TypeError("policies hold something that is no text")
@@ -134,6 +138,8 @@ def _header(metadata: dict[str, str]) -> TaperHeader:
         policies=policies,
         card=_json(metadata, "card", dict),
         provenance=_json(metadata, "provenance", dict),
+        planes=planes,
+        **_measurements(metadata, {spec.name: spec for spec in expected_matrices(config, planes)}, levels),
     )
 
 
@@ -154,14 +160,38 @@ def _codebook(raw: dict[str, Any], min_bits: int, max_bits: int) -> Codebook:
     return Codebook.from_levels(levels)
 
 
-def _check_matrices(matrices: list[Any], config: ModelConfig) -> None:
-    """Compare with the configuration; the list's length first, so that a forged layer count costs nothing."""
+def _ceilings(matrices: list[Any], config: ModelConfig, min_bits: int, max_bits: int) -> dict[str, int]:
+    """Compare with the configuration, and return the planes of the matrices that hold fewer than `max_bits`.
+
+    The list's length is compared first, so that a forged layer count costs nothing.
+    """
     expected_length = 4 * config.num_layers + (1 if config.tie_word_embeddings else 2)
     if len(matrices) != expected_length:
         raise ValueError(f"{len(matrices)} matrices; the configuration has {expected_length}")
+    planes = {}
     for written, spec in zip(matrices, expected_matrices(config), strict=True):
-        if written != spec.to_dict():
+        ceiling = written.get("planes") if isinstance(written, dict) else None
+        if ceiling is not None:
+            _integer(f"planes of {spec.name}", ceiling, min_bits, max_bits - 1)
+            planes[spec.name] = ceiling
+        if written != replace(spec, planes=ceiling).to_dict():
             raise ValueError(f"matrix {written}, but the configuration has {spec.to_dict()}")
+    if len(planes) == len(matrices):
+        raise ValueError(f"no matrix has the {max_bits} planes of the file")
+    return planes
+
+
+def _measurements(metadata: dict[str, str], specs: dict[str, MatrixSpec], levels: range) -> dict[str, Any]:
+    """What the file says about the cost of its widths; both entries may be absent."""
+    num_widths = {name: spec.width_at(levels[-1]) - levels[0] + 1 for name, spec in specs.items()}
+    found: dict[str, Any] = {}
+    if "sensitivity" in metadata:
+        found["sensitivity"] = Sensitivity.from_dict(_json(metadata, "sensitivity", dict), num_widths)
+    if "relative_errors" in metadata:
+        found["relative_errors"] = checked_figures(
+            "relative_errors", _json(metadata, "relative_errors", dict), num_widths
+        )
+    return found
 
 
 def _check_tensors(frame: SafetensorsHeader, header: TaperHeader) -> None:
@@ -169,14 +199,14 @@ def _check_tensors(frame: SafetensorsHeader, header: TaperHeader) -> None:
     choice."""
     if frame.data_begin % ALIGNMENT:
         raise ValueError(f"data begins at {frame.data_begin:,}, not a multiple of {ALIGNMENT}")
-    levels = header.max_bits - header.min_bits + 1
     scale_rows = {}
-    for spec in expected_matrices(header.config):
+    for spec in header.matrices:
+        levels = spec.width_at(header.max_bits) - header.min_bits + 1
         shape = frame.entries[f"{spec.name}.scales"].shape
         if len(shape) != 2 or shape[0] not in (1, levels):
             raise ValueError(f"{spec.name}.scales has shape {list(shape)}; it needs 1 or {levels} rows")
         scale_rows[spec.name] = shape[0]
-    expected = layout(header.config, header.max_bits, scale_rows)
+    expected = layout(header, scale_rows)
     for wanted in expected:
         entry = frame.entries[wanted.name]
         if entry != wanted:

@@ -28,7 +28,6 @@ from taper.formats.spec import (
     U8,
     PlanedMatrix,
     TaperHeader,
-    expected_matrices,
     layout,
 )
 from taper.formats.validate import check_config, find_header_hash, validate
@@ -62,10 +61,7 @@ def write_taper(
     _check_target(path)
     source = _passes(matrices)
     small = _small_tensors(header, source, tensors)
-    specs = expected_matrices(header.config)
-    entries = layout(
-        header.config, header.max_bits, {spec.name: len(small[f"{spec.name}.scales"]) for spec in specs}
-    )
+    entries = layout(header, {spec.name: len(small[f"{spec.name}.scales"]) for spec in header.matrices})
     _write_file(path, header, entries, _arrays(header, source, small))
 
 
@@ -162,8 +158,8 @@ def _small_tensors(
         raise ValueError(f"tensors {sorted(tensors)}; a .taper file has exactly {FINAL_NORM}")
     _check_array(FINAL_NORM, tensors[FINAL_NORM], np.float32, (header.config.hidden_size,))
     small = {FINAL_NORM: tensors[FINAL_NORM]}
-    levels = header.max_bits - header.min_bits + 1
-    for matrix, spec in zip(source(), expected_matrices(header.config), strict=True):
+    for matrix, spec in zip(source(), header.matrices, strict=True):
+        levels = spec.width_at(header.max_bits) - header.min_bits + 1
         if matrix.spec != spec:
             raise ValueError(f"matrix {matrix.spec}, expected {spec}")
         rows = levels if len(matrix.scales) == levels else 1
@@ -196,8 +192,11 @@ def _arrays(
     for plane in range(header.max_bits):
         for matrix in source():
             spec = matrix.spec
-            if len(matrix.planes) != header.max_bits:
-                raise ValueError(f"{spec.name} has {len(matrix.planes)} planes, expected {header.max_bits}")
+            width = spec.width_at(header.max_bits)
+            if len(matrix.planes) != width:
+                raise ValueError(f"{spec.name} has {len(matrix.planes)} planes, expected {width}")
+            if plane >= width:
+                continue
             array = matrix.planes[plane]
             _check_array(f"{spec.name}.plane{plane}", array, np.uint8, (spec.out_features, spec.cols // 8))
             yield f"{spec.name}.plane{plane}", array
@@ -260,12 +259,14 @@ def _metadata(header: TaperHeader, digests: Mapping[str, str]) -> dict[str, str]
         "min_bits": str(header.min_bits),
         "max_bits": str(header.max_bits),
         "codebook": _json({"levels": header.codebook.to_levels()}),
-        "matrices": _json([spec.to_dict() for spec in expected_matrices(header.config)]),
+        "matrices": _json([spec.to_dict() for spec in header.matrices]),
         "tokenizer": header.tokenizer_json,
         "chat_template": header.chat_template,
         "policies": _json(header.policies),
         "card": _json(header.card),
         "provenance": _json(header.provenance),
+        "sensitivity": None if header.sensitivity is None else _json(header.sensitivity.to_dict()),
+        "relative_errors": _json(header.relative_errors) if header.relative_errors else None,
         "digests": _json(dict(digests)),
         "header_sha256": "0" * 64,
     }

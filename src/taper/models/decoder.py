@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -12,11 +12,13 @@ from taper.config import ModelConfig
 from taper.errors import DoesNotFitError, TaperError, UsageError
 from taper.formats.container import TaperFile
 from taper.formats.huggingface import HfCheckpoint
+from taper.formats.spec import expected_matrices, planes_bytes
 from taper.kvcache import KvCache
 from taper.layers.rope import Rope, context_length
 from taper.models.block import Observer, Step
 from taper.models.families import family_of
 from taper.models.parts import Parts, float_parts, planed_parts
+from taper.models.readings import Readings
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
@@ -38,15 +40,21 @@ class Decoder:
         self.context_length = context_length(parts.config)
         self._parts = parts
         self._rope = Rope(parts.config)
+        self._matrices = parts.matrices or tuple(expected_matrices(parts.config))
+        self._readings = Readings(self._matrices, parts.min_bits, parts.max_bits, parts.sensitivity)
 
     @classmethod
-    def from_taper(cls, file: TaperFile) -> Decoder:
+    def from_taper(cls, file: TaperFile, ceilings: Mapping[str, int] | None = None) -> Decoder:
         """Run an open `.taper` file; its planes stay in the memory map.
+
+        Args:
+            file: an open file.
+            ceilings: matrix name to the planes that are used of it at most, as if the file held no more.
 
         Raises:
             UsageError: when the architecture or its position embedding is not supported.
         """
-        return cls(planed_parts(file))
+        return cls(planed_parts(file, ceilings))
 
     @classmethod
     def from_hf(cls, checkpoint: HfCheckpoint) -> Decoder:
@@ -78,7 +86,7 @@ class Decoder:
         self,
         tokens: I32 | Sequence[int],
         cache: KvCache,
-        bits: int,
+        bits: float,
         logits: Logits = "last",
         observe: Observer | None = None,
     ) -> F32 | None:
@@ -87,7 +95,9 @@ class Decoder:
         Args:
             tokens: (tokens,) ids, at least one, each within the vocabulary.
             cache: from `new_cache`; unchanged when an error is raised.
-            bits: planes to read in every matrix, min_bits..max_bits; the embedding look-up reads all of them.
+            bits: min_bits..max_bits. A whole number is the planes to read in every matrix (all of a matrix
+                that has fewer); a fraction is a budget in bits per weight, see `widths`. The embedding
+                look-up reads all planes.
             logits: of which tokens: the last, all, or none of them.
             observe: called as observe(name, x) for each matrix of each layer and, as `embed` or `head`, for
                 the matrix of the head, whatever `logits` says. x is float32 (tokens, in_features): exactly
@@ -104,10 +114,10 @@ class Decoder:
             TaperError: when the result is not finite.
         """
         ids = self._checked_tokens(tokens)
-        self._check_request(bits, logits)
+        widths = self._checked_widths(bits, logits)
         end = cache.require(len(ids))
         cos, sin = self._rope.tables(end, cache.capacity)
-        step = Step(cache.num_tokens, cos, sin, bits, observe)
+        step = Step(cache.num_tokens, cos, sin, bits, observe, widths)
         x = self._parts.embedding(ids)
         for block, kv in zip(self._parts.blocks[:-1], cache.layers[:-1], strict=True):
             x = block(x, kv, step)
@@ -115,18 +125,51 @@ class Decoder:
         last = self._parts.blocks[-1](x, cache.layers[-1], step, num_wanted)
         if observe is not None:
             observe(self._parts.head_name, self._parts.head.product_input(last))
-        out = None if logits == "none" else self._parts.head(last if logits == "all" else last[-1:], bits)
+        out = None
+        if logits != "none":
+            out = self._parts.head(last if logits == "all" else last[-1:], widths[self._parts.head_name])
         self._check_finite(x if out is None else out, step)
         cache.advance(len(ids))
         return out
 
-    def bytes_per_pass(self, bits: int) -> int:
+    def bytes_per_pass(self, bits: float) -> int:
         """Bytes of weights that one decode step reads: layers and head at `bits`, one embedding row."""
-        self._check_request(bits, "last")
-        matrices = sum(block.bytes_read(bits) for block in self._parts.blocks) + self._parts.head.bytes_read(
-            bits
-        )
-        return matrices + self._parts.embedding.row_bytes()
+        widths = self.widths(bits)
+        matrices = sum(block.bytes_read(widths) for block in self._parts.blocks)
+        head = self._parts.head.bytes_read(widths[self._parts.head_name])
+        return matrices + head + self._parts.embedding.row_bytes()
+
+    @property
+    def has_sensitivity(self) -> bool:
+        """Whether it can be read at a fraction of bits."""
+        return self._parts.sensitivity is not None
+
+    def widths(self, bits: float) -> Mapping[str, int]:
+        """Matrix name to the planes that a reading takes of it.
+
+        A fraction of bits is a budget in bits per weight (planes read over weights, embedding and head
+        included), spent where the file's sensitivity says that it helps most (`taper.precision.allocation`).
+
+        Raises:
+            UsageError: bits outside the weights, or a fraction without sensitivity.
+        """
+        return self._readings.widths(bits)
+
+    def bits_per_weight(self, bits: float) -> float:
+        """Planes that a reading takes over weights, embedding and head included. Raises as `widths`."""
+        return self._readings.bits_per_weight(bits)
+
+    def reading_bytes(self, bits: float) -> int:
+        """Bytes of a file that a reading needs: header, tokenizer, scales and other small tensors, its
+        planes.
+
+        For a whole number of bits that is the prefix of the file (`TaperFile.bytes_at`); a float model counts
+        its matrices. Raises as `widths`.
+        """
+        widths = self.widths(bits)
+        if not self._parts.unplaned_bytes:
+            return sum(spec.num_weights for spec in self._matrices) * np.dtype(np.float32).itemsize
+        return self._parts.unplaned_bytes + planes_bytes(self._matrices, widths)
 
     def _checked_tokens(self, tokens: I32 | Sequence[int]) -> I32:
         ids = np.asarray(tokens, dtype=np.int32)
@@ -142,19 +185,15 @@ class Decoder:
             )
         return ids
 
-    def _check_request(self, bits: int, logits: str) -> None:
-        if not self.min_bits <= bits <= self.max_bits:
-            raise UsageError(
-                f"{bits} bits are outside the model's {self.min_bits}..{self.max_bits}",
-                hint=f"choose bits within {self.min_bits}..{self.max_bits}",
-            )
+    def _checked_widths(self, bits: float, logits: str) -> Mapping[str, int]:
         if logits not in get_args(Logits):
             raise UsageError(f"logits {logits!r} is none of {', '.join(get_args(Logits))}")
+        return self.widths(bits)
 
     def _check_finite(self, result: F32, step: Step) -> None:
         # A sum is finite only when every term is: one pass without a temporary the size of the logits.
         if not np.isfinite(np.add.reduce(result, axis=None)):
             raise TaperError(
-                f"the result after position {step.position} at {step.bits} bits is not finite",
+                f"the result after position {step.position} at {step.bits:g} bits is not finite",
                 hint="the weights are damaged or too large for float16 keys; try taper inspect --verify",
             )

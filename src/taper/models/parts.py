@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +11,8 @@ import numpy.typing as npt
 from taper.config import ModelConfig
 from taper.formats.container import TaperFile
 from taper.formats.huggingface import HfCheckpoint
+from taper.formats.sensitivity import Sensitivity
+from taper.formats.spec import MatrixSpec
 from taper.kernels import Planes
 from taper.layers.attention import Attention
 from taper.layers.embedding import Embedding, FloatEmbedding, PlanedEmbedding
@@ -31,6 +33,9 @@ class Parts:
     Attributes:
         head_name: the matrix that makes the logits, `embed` where tied.
         kv_dtype: float16 or float32, of the KV cache.
+        matrices: name, sizes and ceiling of every matrix; empty stands for those of the configuration.
+        sensitivity: what each matrix costs at each width, where it is known.
+        unplaned_bytes: of a file, what every reading needs beside its planes.
     """
 
     config: ModelConfig
@@ -41,12 +46,27 @@ class Parts:
     kv_dtype: npt.DTypeLike
     min_bits: int
     max_bits: int
+    matrices: tuple[MatrixSpec, ...] = ()
+    sensitivity: Sensitivity | None = None
+    unplaned_bytes: int = 0
 
 
-def planed_parts(file: TaperFile) -> Parts:
-    """Parts over a file's planes, which stay in the memory map: nothing but the row scales is copied."""
+def planed_parts(file: TaperFile, ceilings: Mapping[str, int] | None = None) -> Parts:
+    """Parts over a file's planes, which stay in the memory map: nothing but the row scales is copied.
+
+    Args:
+        file: an open file.
+        ceilings: matrix name to planes; only so many of its planes are used, in the embedding look-up too, as
+            if the file held no more.
+    """
     config = file.config
-    matrices = {spec.name: _planes(file, spec.name) for spec in file.matrices}
+    specs = [
+        replace(spec, planes=min(ceilings[spec.name], spec.width_at(file.max_bits)))
+        if ceilings and spec.name in ceilings
+        else spec
+        for spec in file.matrices
+    ]
+    matrices = {spec.name: _planes(file, spec.name, spec.width_at(file.max_bits)) for spec in specs}
 
     def linear(name: str, before: Before) -> Linear:
         return PlanedLinear(*matrices[name], before)
@@ -61,6 +81,9 @@ def planed_parts(file: TaperFile) -> Parts:
         kv_dtype=np.float16,
         min_bits=file.min_bits,
         max_bits=file.max_bits,
+        matrices=tuple(specs),
+        sensitivity=file.sensitivity,
+        unplaned_bytes=file.unplaned_bytes,
     )
 
 
@@ -103,13 +126,14 @@ def _blocks(config: ModelConfig, linear: Callable[[str, Before], Linear]) -> tup
     )
 
 
-def _planes(file: TaperFile, name: str) -> tuple[Planes, Rotation]:
+def _planes(file: TaperFile, name: str, width: int) -> tuple[Planes, Rotation]:
     matrix = file.matrix(name)
+    levels = range(file.min_bits, width + 1)
     planes = Planes(
-        planes=list(matrix.planes),
-        values=file.codebook.values,
-        level_scales=file.codebook.level_scales,
-        row_scales=matrix.scales.astype(np.float32),
+        planes=list(matrix.planes[:width]),
+        values={bits: file.codebook.values[bits] for bits in levels},
+        level_scales={bits: file.codebook.level_scales[bits] for bits in levels},
+        row_scales=matrix.scales[: len(levels)].astype(np.float32),
         bias=matrix.bias,
         in_features=matrix.spec.in_features,
     )
