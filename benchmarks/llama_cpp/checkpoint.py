@@ -78,8 +78,8 @@ def check_supported(config: ModelConfig) -> None:
     biased = config.qkv_bias or config.o_bias or config.mlp_bias
     if config.architecture not in ARCHITECTURES or biased or config.rope.variant != "default":
         raise BenchmarkError(
-            f"{config.architecture} with {'a' if biased else 'no'} bias and RoPE {config.rope.variant!r} is not "
-            f"converted; use one of {', '.join(ARCHITECTURES)} without bias and with default RoPE"
+            f"{config.architecture} with {'a' if biased else 'no'} bias and RoPE {config.rope.variant!r} is "
+            f"not converted; use one of {', '.join(ARCHITECTURES)} without bias and with default RoPE"
         )
 
 

@@ -200,6 +200,27 @@ def write_f16(shape: Shape, path: Path) -> None:
     partial.rename(path)
 
 
+def quantize_gguf(peer: Peer, source: Path, path: Path, name: str, imatrix: Path | None = None) -> None:
+    """Write the float file `source` in a quantized type; the result appears complete or not at all.
+
+    Args:
+        peer: whose llama-quantize is used.
+        source: GGUF file in a float type.
+        path: file to write.
+        name: the type, such as Q4_K_M.
+        imatrix: importance matrix, None to quantize without.
+    """
+    progress(f"quantizing {path.name}")
+    partial = path.with_suffix(".partial")
+    options: list[str | Path] = [] if imatrix is None else ["--imatrix", imatrix]
+    threads = str(os.cpu_count() or 1)
+    run(
+        [peer.program("llama-quantize"), *options, source, partial, name, threads],
+        timeout_s=QUANTIZE_TIMEOUT_S,
+    )
+    partial.rename(path)
+
+
 def ensure_models(
     shape: Shape, types: Sequence[str], directory: Path, peer: Peer, *, keep_f16: bool = False
 ) -> list[Path]:
@@ -223,12 +244,7 @@ def ensure_models(
     if (missing or keep_f16) and not source.exists():
         write_f16(shape, source)
     for name in missing:
-        progress(f"quantizing {paths[name].name}")
-        partial = paths[name].with_suffix(".partial")
-        threads = str(os.cpu_count() or 1)
-        command: list[str | Path] = [peer.program("llama-quantize"), source, partial, name, threads]
-        run(command, timeout_s=QUANTIZE_TIMEOUT_S)
-        partial.rename(paths[name])
+        quantize_gguf(peer, source, paths[name], name)
     if not keep_f16:
         source.unlink(missing_ok=True)
     return [paths[name] for name in types]
