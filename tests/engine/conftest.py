@@ -34,6 +34,7 @@ class FakeDecoder:
     context_length: int = 64
     min_bits: int = 2
     max_bits: int = 8
+    has_sensitivity: bool = False
     eos: tuple[int, ...] = (257,)
     passes: list[tuple[tuple[int, ...], int, str]] = field(default_factory=list)
     caches: list[weakref.ref[FakeCache]] = field(default_factory=list)

@@ -79,7 +79,7 @@ def test_policy_is_asked_before_every_pass_with_what_is_known(says, tokenizer):
     assert all(type(bits) is int for bits in completion.bits)
 
 
-@pytest.mark.parametrize("answer", [1, 9, 4.0, None, "4"])
+@pytest.mark.parametrize("answer", [1, 9, 8.5, float("nan"), None, "4"])
 def test_policy_outside_the_model_is_refused(says, tokenizer, answer):
     class Wrong:
         name = "wrong"
@@ -91,6 +91,31 @@ def test_policy_outside_the_model_is_refused(says, tokenizer, answer):
     with pytest.raises(UsageError, match=r"'wrong' gave .* 2 to 8 bits"):
         Engine(model, tokenizer).generate(Request("p", Wrong()))
     assert model.passes == []
+
+
+class Fractions:
+    """4.0 for the prompt, 3.5 from then on."""
+
+    name = "fractions"
+
+    def bits(self, step):
+        return 4.0 if step.phase == "prefill" else 3.5
+
+
+def test_fraction_reaches_the_model_and_the_record(says, tokenizer):
+    model = says("abc")
+    model.has_sensitivity = True
+    completion = Engine(model, tokenizer).generate(Request("p", Fractions(), max_tokens=3))
+    assert [bits for _, bits, _ in model.passes] == [4, 3.5, 3.5]
+    assert [str(bits) for bits in completion.bits] == ["4", "3.5", "3.5"]
+    assert completion.usage.average_bits == 3.5
+
+
+def test_fraction_is_refused_where_the_model_has_no_sensitivity(says, tokenizer):
+    model = says("abc")
+    with pytest.raises(UsageError, match=r"gave 3\.5 bits; a fraction needs a file with sensitivity"):
+        Engine(model, tokenizer).generate(Request("p", Fractions(), max_tokens=3))
+    assert len(model.passes) == 1
 
 
 def test_cache_holds_prompt_and_output(says, tokenizer):

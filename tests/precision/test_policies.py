@@ -88,18 +88,21 @@ def test_bits_outside_the_file_name_the_widths(text):
     [
         ("", "no policy is called ''"),
         ("exact", "no policy is called 'exact'"),
-        ("fixed", "'' is not a count"),
-        ("fixed:", "'' is not a count"),
-        ("fixed:-4", "'-4' is not a count"),
-        ("fixed:4.0", "'4.0' is not a count"),
-        ("fixed:٤", "'٤' is not a count"),
-        ("fixed:4/3", "'4/3' is not a count"),
-        ("fixed:" + "9" * 5000, "is not a count"),
+        ("fixed", "'' is not a number of bits"),
+        ("fixed:", "'' is not a number of bits"),
+        ("fixed:-4", "'-4' is not a number of bits"),
+        ("fixed:4.", "'4.' is not a number of bits"),
+        ("fixed:nan", "'nan' is not a number of bits"),
+        ("fixed:1e1", "'1e1' is not a number of bits"),
+        ("fixed:٤", "'٤' is not a number of bits"),
+        ("fixed:4/3", "'4/3' is not a number of bits"),
+        ("fixed:" + "9" * 5000, "is not a number of bits"),
         ("phase:4", "two widths"),
-        ("phase:4/3/2", "'3/2' is not a count"),
+        ("phase:4/3/2", "'3/2' is not a number of bits"),
         ("progressive:", "no switch point"),
         ("progressive:4", "no switch point"),
         ("progressive:4@0,", "no switch point"),
+        ("progressive:4@x", "'x' is not a count"),
         ("progressive:4@2", "must be at 0"),
         ("progressive:4@0,3@0", "0 does not come after 0"),
         ("progressive:4@0,3@8,2@8", "8 does not come after 8"),
@@ -111,3 +114,32 @@ def test_bad_text_says_why_and_shows_an_example(text, reason):
         parse_policy(text, MIN_BITS, MAX_BITS)
     assert reason in str(error.value)
     assert "fixed:4" in error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "bits"),
+    [
+        ("fixed:3.3", "fixed:3.3", [3.3, 3.3, 3.3]),
+        ("fixed:3.0", "fixed:3", [3, 3, 3]),
+        ("phase:6/2.75", "phase:6/2.75", [6, 2.75, 2.75]),
+        ("progressive:4.5@0,3.3@2", "progressive:4.5@0,3.3@2", [4.5, 4.5, 3.3]),
+    ],
+)
+def test_bits_may_be_a_fraction(text, name, bits):
+    policy = parse_policy(text, MIN_BITS, MAX_BITS, allows_fractions=True)
+    found = bits_of_tokens(policy, 3)
+    assert policy.name == name
+    assert found == bits
+    assert [type(width) for width in found] == [type(width) for width in bits]
+
+
+def test_fraction_is_refused_without_sensitivity():
+    with pytest.raises(UsageError, match=r"'fixed:3\.3' asks for 3\.3 bits") as error:
+        parse_policy("fixed:3.3", MIN_BITS, MAX_BITS)
+    assert "taper allocate" in error.value.hint
+    assert parse_policy("fixed:3.0", MIN_BITS, MAX_BITS).name == "fixed:3"
+
+
+def test_fraction_outside_the_model_is_refused():
+    with pytest.raises(UsageError, match=r"asks for 8\.5 bits; this model holds 2 to 8 bits"):
+        parse_policy("fixed:8.5", MIN_BITS, MAX_BITS, allows_fractions=True)

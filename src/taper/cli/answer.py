@@ -26,7 +26,7 @@ def show(answer: Iterable[StepOutput], show_bits: bool, prompt: str = "") -> Non
     is_terminal, has_colour = sys.stdout.isatty(), is_coloured(sys.stdout)
     if has_colour and prompt:
         _write(dim(printable(prompt)))
-    counts: Counter[int] = Counter()
+    counts: Counter[float] = Counter()
     last_bits = None
     try:
         for token in answer:
@@ -35,7 +35,7 @@ def show(answer: Iterable[StepOutput], show_bits: bool, prompt: str = "") -> Non
             if show_bits and has_colour:
                 text = in_bits_colour(text, token.bits)
             elif show_bits and token.bits != last_bits:
-                text = f"[{token.bits}]{text}"
+                text = f"[{token.bits:g}]{text}"
             last_bits = token.bits
             _write(text)
     finally:
@@ -57,14 +57,14 @@ def closing_line(completion: Completion) -> str:
     return " · ".join(parts)
 
 
-def _legend(counts: Counter[int]) -> str:
+def _legend(counts: Counter[float]) -> str:
     """Each width once, in its own colour, with its share of the tokens."""
     entries = [
-        (bits, f"{bits} bits: {_tokens(count)}") for bits, count in sorted(counts.items(), reverse=True)
+        (bits, f"{bits:g} bits: {_tokens(count)}") for bits, count in sorted(counts.items(), reverse=True)
     ]
     if is_coloured(sys.stderr):
         return "  ".join(in_bits_colour(f"■ {text}", bits) for bits, text in entries)
-    return "  ".join(f"[{bits}] {text}" for bits, text in entries)
+    return "  ".join(f"[{bits:g}] {text}" for bits, text in entries)
 
 
 def _tokens(count: int) -> str:

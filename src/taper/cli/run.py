@@ -65,7 +65,9 @@ def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--policy", metavar="POLICY", help="fixed:B, phase:P/D, progressive[:B@0,B@N,...], or a name in the file."
 )
-@click.option("--bits", type=int, metavar="B", help="Short for --policy fixed:B.")
+@click.option(
+    "--bits", type=float, metavar="B", help="Short for --policy fixed:B; 3.3 is a mean over the weights."
+)
 @click.option(
     "--max-tokens", type=int, metavar="N", help=f"Longest answer; default: {DEFAULT_MAX_TOKENS} or what fits."
 )
@@ -83,7 +85,7 @@ def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
 def command(
     arguments: tuple[str, ...],
     policy: str | None,
-    bits: int | None,
+    bits: float | None,
     max_tokens: int | None,
     ctx_size: int | None,
     stop: tuple[str, ...],
@@ -104,7 +106,7 @@ def command(
         )
     if policy is not None and bits is not None:
         raise UsageError(
-            "--policy and --bits exclude each other", hint=f"--bits {bits} is --policy fixed:{bits}"
+            "--policy and --bits exclude each other", hint=f"--bits {bits:g} is --policy fixed:{bits:g}"
         )
     model, prompt = split_arguments(arguments)
     prompt = _piped_prompt() if prompt is None else prompt
@@ -115,7 +117,7 @@ def command(
     set_threads(threads)
     llm = load(model_path(model))
     note(llm.notice)
-    asked = f"fixed:{bits}" if bits is not None else policy
+    asked = f"fixed:{bits:.9g}" if bits is not None else policy
     options = RunOptions(asked, max_tokens, ctx_size, stop, show_bits, sampling)
     try:
         _answer(llm, options, prompt, as_json)

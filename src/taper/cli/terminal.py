@@ -22,9 +22,11 @@ def is_coloured(stream: TextIO) -> bool:
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
-def in_bits_colour(text: str, bits: int) -> str:
-    """`text` in the colour of a width; line breaks stay outside the colour."""
-    start = f"\x1b[38;5;{_BITS_COLOURS.get(bits, _OTHER_COLOUR)}m"
+def in_bits_colour(text: str, bits: float) -> str:
+    """`text` in the colour of a width, a fraction in that of the nearest; line breaks stay outside the
+    colour.
+    """
+    start = f"\x1b[38;5;{_BITS_COLOURS.get(round(bits), _OTHER_COLOUR)}m"
     return "\n".join(f"{start}{line}\x1b[0m" if line else "" for line in text.split("\n"))
 
 

@@ -24,7 +24,7 @@ class StepOutput:
 
     text: str
     token_id: int
-    bits: int
+    bits: float
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
     finish_reason: FinishReason | None = None
@@ -83,7 +83,7 @@ class Completion:
 
     text: str
     token_ids: tuple[int, ...]
-    bits: tuple[int, ...]
+    bits: tuple[float, ...]
     logprobs: tuple[float, ...]
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...]
     finish_reason: FinishReason | None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from numbers import Integral
+from numbers import Integral, Real
 from types import TracebackType
 
 import numpy as np
@@ -18,7 +18,7 @@ from taper.engine.sampler import Sampler, logit_features
 from taper.engine.sequence import Sequence
 from taper.engine.stop_strings import StopStrings
 from taper.errors import DoesNotFitError, UsageError
-from taper.precision import LogitFeatures, Phase, StepContext, describe_widths
+from taper.precision import LogitFeatures, Phase, StepContext, describe_widths, whole_bits
 from taper.tokenizer import IncrementalDetokenizer, Tokenizer
 
 Logits = NDArray[np.float32]
@@ -223,7 +223,7 @@ class Engine:
         sequence.decode_ns += time.perf_counter_ns() - began_ns
         return logits, output
 
-    def _draw(self, sequence: Sequence, logits: Logits, bits: int) -> StepOutput:
+    def _draw(self, sequence: Sequence, logits: Logits, bits: float) -> StepOutput:
         token = sequence.sampler.sample(logits)
         text = sequence.append(token, bits)
         return StepOutput(
@@ -236,15 +236,22 @@ class Engine:
         phase: Phase,
         position: int,
         features: Callable[[], LogitFeatures] | None,
-    ) -> int:
+    ) -> float:
         """Ask the policy, and refuse an answer that the model does not hold."""
-        low, high = self.model.min_bits, self.model.max_bits
-        step = StepContext(phase, position, len(sequence.tokens), sequence.max_tokens, low, high, features)
+        low, high, fractions = self.model.min_bits, self.model.max_bits, self.model.has_sensitivity
+        count, limit = len(sequence.tokens), sequence.max_tokens
+        step = StepContext(phase, position, count, limit, low, high, features, fractions)
         policy = sequence.request.policy
         bits = policy.bits(step)
-        if not isinstance(bits, Integral) or not low <= bits <= high:
+        if not isinstance(bits, Real) or not low <= bits <= high:
             raise UsageError(
                 f"policy {policy.name!r} gave {bits!r} bits; this model holds {describe_widths(low, high)}",
                 "parse the policy for this model's widths",
             )
-        return int(bits)
+        whole = whole_bits(float(bits))
+        if not (fractions or isinstance(whole, int)):
+            raise UsageError(
+                f"policy {policy.name!r} gave {bits!r} bits; a fraction needs a file with sensitivity",
+                "choose whole numbers, or measure it: taper allocate FILE --text TEXT",
+            )
+        return whole

@@ -145,7 +145,8 @@ class LLM:
             policy = "default" if "default" in self.policies else "progressive"
         if not isinstance(policy, str):
             return policy
-        return parse_policy(self.policies.get(policy, policy), self.min_bits, self.max_bits)
+        text = self.policies.get(policy, policy)
+        return parse_policy(text, self.min_bits, self.max_bits, self.engine.model.has_sensitivity)
 
     def close(self) -> None:
         """End the helper process of the chat template, if one runs."""

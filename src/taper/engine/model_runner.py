@@ -32,17 +32,22 @@ class Model(Protocol):
     max_bits: int
     context_length: int
 
+    @property
+    def has_sensitivity(self) -> bool:
+        """Whether it can be read at a fraction of bits."""
+        ...
+
     def new_cache(self, max_tokens: int) -> Any:
         """An empty cache."""
         ...
 
     def forward(
-        self, tokens: NDArray[np.int32], cache: Any, bits: int, logits: Literal["last", "all", "none"]
+        self, tokens: NDArray[np.int32], cache: Any, bits: float, logits: Literal["last", "all", "none"]
     ) -> NDArray[np.float32] | None:
         """Run tokens that follow the cache's entries."""
         ...
 
-    def bytes_per_pass(self, bits: int) -> int:
+    def bytes_per_pass(self, bits: float) -> int:
         """Bytes of weights that one pass reads."""
         ...
 
@@ -58,9 +63,9 @@ class ModelRunner:
     def __init__(self, model: Model, num_tokens: int) -> None:
         self._model = model
         self._cache: Cache | None = model.new_cache(num_tokens)
-        self._weight_bytes = {
-            bits: model.bytes_per_pass(bits) for bits in range(model.min_bits, model.max_bits + 1)
-        }
+        # Asked once a width: the sum over all matrices would cost more than a decode step of a small model's
+        # layer.
+        self._weight_bytes: dict[float, int] = {}
 
     @property
     def position(self) -> int:
@@ -68,22 +73,24 @@ class ModelRunner:
         assert self._cache is not None
         return self._cache.num_tokens
 
-    def prefill(self, tokens: SequenceOf[int], bits: int, is_last: bool) -> NDArray[np.float32] | None:
+    def prefill(self, tokens: SequenceOf[int], bits: float, is_last: bool) -> NDArray[np.float32] | None:
         """Run a chunk of the prompt; logits, (vocab,), from its last token where it is the last chunk."""
         ids = np.asarray(tokens, np.int32)
         logits = self._model.forward(ids, self._cache, bits, "last" if is_last else "none")
         return None if logits is None else logits[0]
 
-    def decode(self, token_id: int, bits: int) -> NDArray[np.float32]:
+    def decode(self, token_id: int, bits: float) -> NDArray[np.float32]:
         """Run one generated token; logits, (vocab,)."""
         logits = self._model.forward(np.array([token_id], np.int32), self._cache, bits, "last")
         assert logits is not None
         row: NDArray[np.float32] = logits[0]
         return row
 
-    def bytes_of_last_pass(self, bits: int) -> int:
+    def bytes_of_last_pass(self, bits: float) -> int:
         """Bytes that the pass before this call read: weights, and the KV entries up to its last token."""
         assert self._cache is not None
+        if bits not in self._weight_bytes:
+            self._weight_bytes[bits] = self._model.bytes_per_pass(bits)
         return self._weight_bytes[bits] + self._cache.bytes_read(self._cache.num_tokens)
 
     def release(self) -> None:

@@ -46,7 +46,7 @@ class Sequence:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     tokens: list[SampledToken] = field(default_factory=list)
-    bits: list[int] = field(default_factory=list)
+    bits: list[float] = field(default_factory=list)
     text: str = ""
     num_prefilled: int = 0
     prefill_ns: int = 0
@@ -54,7 +54,7 @@ class Sequence:
     prefill_bytes: int = 0
     decode_bytes: int = 0
 
-    def append(self, token: SampledToken, bits: int) -> str:
+    def append(self, token: SampledToken, bits: float) -> str:
         """Take a drawn token, decide whether it ends the output, and return the text that may be shown."""
         self.tokens.append(token)
         self.bits.append(bits)

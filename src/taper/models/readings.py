@@ -61,7 +61,7 @@ class Readings:
             return {spec.name: spec.width_at(int(bits)) for spec in self._matrices}
         if self._sensitivity is None:
             raise UsageError(
-                f"{bits:g} bits: a fraction needs the file's sensitivity, and it has none",
+                f"{bits:g} bits: a fraction needs a file with sensitivity",
                 hint="measure it: taper allocate FILE --text TEXT; or choose a whole number of bits",
             )
         budget = bits * sum(self._num_weights.values())

@@ -2,7 +2,7 @@
 
 from taper.precision.kinds import Fixed, PhaseAware, Progressive, ProgressiveThirds
 from taper.precision.parse import describe_widths, parse_policy
-from taper.precision.policy import LogitFeatures, Phase, PrecisionPolicy, StepContext
+from taper.precision.policy import LogitFeatures, Phase, PrecisionPolicy, StepContext, whole_bits
 
 __all__ = [
     "Fixed",
@@ -15,4 +15,5 @@ __all__ = [
     "StepContext",
     "describe_widths",
     "parse_policy",
+    "whole_bits",
 ]

@@ -19,14 +19,14 @@ DEFAULT_DECODE_BITS = (5, 4, 3)
 class Fixed:
     """The same bits for every pass."""
 
-    width: int
+    width: float
 
     @property
     def name(self) -> str:
         """`fixed:B`."""
-        return f"fixed:{self.width}"
+        return f"fixed:{self.width:.9g}"
 
-    def bits(self, step: StepContext) -> int:
+    def bits(self, step: StepContext) -> float:
         """The one width."""
         return self.width
 
@@ -35,15 +35,15 @@ class Fixed:
 class PhaseAware:
     """One width for the prompt and one for every decode pass."""
 
-    prefill_bits: int
-    decode_bits: int
+    prefill_bits: float
+    decode_bits: float
 
     @property
     def name(self) -> str:
         """`phase:P/D`."""
-        return f"phase:{self.prefill_bits}/{self.decode_bits}"
+        return f"phase:{self.prefill_bits:.9g}/{self.decode_bits:.9g}"
 
-    def bits(self, step: StepContext) -> int:
+    def bits(self, step: StepContext) -> float:
         """The width of the step's phase."""
         return self.prefill_bits if step.phase == "prefill" else self.decode_bits
 
@@ -58,14 +58,14 @@ class Progressive:
     the first decode pass always runs at p_h is a first switch at 2 or later.
     """
 
-    points: tuple[tuple[int, int], ...]
+    points: tuple[tuple[float, int], ...]
 
     @cached_property
     def name(self) -> str:
         """`progressive:B@START,...`."""
-        return "progressive:" + ",".join(f"{bits}@{start}" for bits, start in self.points)
+        return "progressive:" + ",".join(f"{bits:.9g}@{start}" for bits, start in self.points)
 
-    def bits(self, step: StepContext) -> int:
+    def bits(self, step: StepContext) -> float:
         """Bits of the last switch point that the sequence has reached."""
         return next(bits for bits, start in reversed(self.points) if start <= step.num_generated)
 
@@ -87,7 +87,7 @@ class ProgressiveThirds:
         """`progressive`."""
         return "progressive"
 
-    def bits(self, step: StepContext) -> int:
+    def bits(self, step: StepContext) -> float:
         """Width of the third that the next token falls in."""
         if step.phase == "prefill":
             return self.prefill_bits

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from taper.errors import UsageError
 from taper.precision.kinds import Fixed, PhaseAware, Progressive, ProgressiveThirds
-from taper.precision.policy import PrecisionPolicy
+from taper.precision.policy import PrecisionPolicy, whole_bits
 
 EXAMPLES = "write fixed:4, phase:6/3, progressive or progressive:6@0,4@16,3@64"
 
@@ -20,19 +21,27 @@ class _Source:
     text: str
     min_bits: int
     max_bits: int
+    allows_fractions: bool
 
     @property
     def widths(self) -> str:
         """The model's widths in words."""
         return describe_widths(self.min_bits, self.max_bits)
 
-    def bits(self, word: str) -> int:
-        """One width, checked against the model's."""
-        bits = self.integer(word)
+    def bits(self, word: str) -> float:
+        """One width, checked against the model's: an int where it is a whole number."""
+        if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", word, re.ASCII):
+            raise self.refuse(f"{word!r} is not a number of bits")
+        bits = whole_bits(float(word))
         if not self.min_bits <= bits <= self.max_bits:
             raise UsageError(
-                f"policy {self.text!r} asks for {bits} bits; this model holds {self.widths}",
+                f"policy {self.text!r} asks for {bits:g} bits; this model holds {self.widths}",
                 f"choose a width from {self.min_bits} to {self.max_bits}",
+            )
+        if not (self.allows_fractions or isinstance(bits, int)):
+            raise UsageError(
+                f"policy {self.text!r} asks for {bits:g} bits; a fraction needs a file with sensitivity",
+                "choose a whole number, or measure it: taper allocate FILE --text TEXT",
             )
         return bits
 
@@ -52,17 +61,18 @@ def describe_widths(min_bits: int, max_bits: int) -> str:
     return f"{max_bits} bits" if min_bits == max_bits else f"{min_bits} to {max_bits} bits"
 
 
-def parse_policy(text: str, min_bits: int, max_bits: int) -> PrecisionPolicy:
+def parse_policy(text: str, min_bits: int, max_bits: int, allows_fractions: bool = False) -> PrecisionPolicy:
     """Read a policy's text for a model of the given widths.
 
     `fixed:B`; `phase:P/D` (prompt at P bits, decode at D); `progressive:B@0,B@N,...` (prompt and first tokens
     at the first width, from the token with index N on at the next; bits never rise); `progressive` (a default
-    for the model's widths, `ProgressiveThirds`).
+    for the model's widths, `ProgressiveThirds`). Bits may be a fraction, as in fixed:3.3, where
+    `allows_fractions` says that the model holds the sensitivity to spend it by.
 
     Raises:
         UsageError: not a policy, bits that the model does not hold, bits that rise.
     """
-    source = _Source(text, min_bits, max_bits)
+    source = _Source(text, min_bits, max_bits, allows_fractions)
     kind, _, argument = text.strip().partition(":")
     if kind not in KINDS:
         raise source.refuse(f"no policy is called {kind!r}; there are {', '.join(KINDS)}")
@@ -91,12 +101,12 @@ def _progressive(source: _Source, argument: str) -> PrecisionPolicy:
             raise source.refuse(f"switch point {next_start} does not come after {start}")
         if next_bits > bits:
             raise source.refuse(
-                f"bits rise from {bits} to {next_bits} at token {next_start}; they may only fall"
+                f"bits rise from {bits:g} to {next_bits:g} at token {next_start}; they may only fall"
             )
     return Progressive(points)
 
 
-def _switch_point(source: _Source, word: str) -> tuple[int, int]:
+def _switch_point(source: _Source, word: str) -> tuple[float, int]:
     bits, at, start = word.partition("@")
     if not at:
         raise source.refuse(f"{word!r} is no switch point; it needs bits@token")

@@ -38,6 +38,7 @@ class StepContext:
         num_generated: tokens drawn so far; 0 in prefill, at least 1 in decode.
         max_tokens: limit on the generated tokens of this request.
         min_bits, max_bits: widths that the model can be read at.
+        allows_fractions: whether it can be read at a fraction of bits, too.
         logit_features: computes the features of the last logits when called; None in prefill.
     """
 
@@ -48,6 +49,7 @@ class StepContext:
     min_bits: int
     max_bits: int
     logit_features: Callable[[], LogitFeatures] | None = None
+    allows_fractions: bool = False
 
 
 @runtime_checkable
@@ -59,6 +61,15 @@ class PrecisionPolicy(Protocol):
         """The policy as text, for the record of a run."""
         ...
 
-    def bits(self, step: StepContext) -> int:
-        """Bits for this pass, `step.min_bits`..`step.max_bits`; the engine refuses anything else."""
+    def bits(self, step: StepContext) -> float:
+        """Bits for this pass, `step.min_bits`..`step.max_bits`; the engine refuses anything else.
+
+        A fraction is a budget in bits per weight, for models that hold the sensitivity to spend it by
+        (`step.allows_fractions`).
+        """
         ...
+
+
+def whole_bits(bits: float) -> float:
+    """An int where the bits are a whole number, so that records say 3 and not 3.0."""
+    return int(bits) if bits == int(bits) else float(bits)
