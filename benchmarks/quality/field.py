@@ -28,6 +28,7 @@ from ablation import evenly_spaced
 from build import Peer, ensure_peer
 from common import BenchmarkError, default_dir
 from field_report import Point, Row, plot, row_json, rows, summary, table
+from gguf_models import optional_package
 from logits import PeerDecoder, build_logits
 from machine import processor
 from peer_models import FORMATS, PeerFile, PeerModels
@@ -75,9 +76,12 @@ class Measured:
 
 def measure(arguments: argparse.Namespace) -> Measured:
     """Make what is missing, read every block with every model, and pair the results."""
+    for package in ("gguf", *(("matplotlib",) if arguments.plot else ())):
+        optional_package(package)
     checkpoint = HfCheckpoint.open(arguments.hf_dir)
     reference = Decoder.from_hf(checkpoint)
     our_file = OurFile(TaperFile.open(arguments.taper))
+    check_source(our_file.file, checkpoint)
     blocks = text_blocks(arguments, checkpoint, reference)
     peer = ensure_peer(arguments.peers, jobs=arguments.threads)
     models = PeerModels(checkpoint, peer, arguments.peers / "field")
@@ -92,9 +96,21 @@ def measure(arguments: argparse.Namespace) -> Measured:
     return paired(peer, report, our_file.file.num_weights, files, fitting, readings)
 
 
+def check_source(file: TaperFile, checkpoint: HfCheckpoint) -> None:
+    """Refuse a file that was made from another checkpoint: its divergence would say nothing."""
+    made_from = file.provenance.get("checkpoint_sha256")
+    if made_from != checkpoint.fingerprint:
+        raise BenchmarkError(
+            f"{file.path} was made from the checkpoint {made_from}, {checkpoint.folder} is "
+            f"{checkpoint.fingerprint}; quantize that folder, or name the other"
+        )
+
+
 def text_blocks(arguments: argparse.Namespace, checkpoint: HfCheckpoint, reference: Decoder) -> Blocks:
     """Blocks from all over the test text."""
-    tokenizer = Tokenizer(checkpoint.tokenizer_json or "")
+    if checkpoint.tokenizer_json is None:
+        raise BenchmarkError(f"{checkpoint.folder} has no tokenizer.json, so text cannot be read; add it")
+    tokenizer = Tokenizer(checkpoint.tokenizer_json)
     blocks = cut(read_text(arguments.text), tokenizer, reference.context_length, PROTOCOL)
     return evenly_spaced(blocks, arguments.blocks)
 
@@ -230,6 +246,12 @@ def _formats(text: str) -> tuple[str, ...]:
     return names
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a count of at least 1")
+    return int(text)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(description="Compare quality per byte with llama.cpp's formats.")
@@ -237,11 +259,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--taper", required=True, metavar="FILE", help="our file, made from HF_DIR")
     made.add_argument("--text", required=True, metavar="TEXT", help="test text, .txt or .txt.xz")
     made.add_argument("--calibration", required=True, metavar="TEXT", help="text of the importance matrix")
-    made.add_argument("--calibration-tokens", type=int, default=QuantizeOptions().calibration_tokens)
+    made.add_argument("--calibration-tokens", type=_positive, default=QuantizeOptions().calibration_tokens)
     made.add_argument("--peers", type=Path, default=default_dir(), metavar="DIR", help="cache folder")
     made.add_argument("--formats", type=_formats, default=FORMATS, help=f"of {','.join(FORMATS)}")
-    made.add_argument("--blocks", type=int, default=40, help="blocks, evenly spaced over the text")
-    made.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of llama.cpp")
+    made.add_argument("--blocks", type=_positive, default=40, help="blocks, evenly spaced over the text")
+    made.add_argument("--threads", type=_positive, default=os.cpu_count() or 1, help="of llama.cpp")
     made.add_argument("--plot", type=Path, metavar="PNG", help="draw the plot (needs matplotlib)")
     return made
 

@@ -1,0 +1,7 @@
+"""The benchmarks are scripts, not a package: their folders join the search path, as when they are run."""
+
+import sys
+from pathlib import Path
+
+_BENCHMARKS = Path(__file__).resolve().parent.parent.parent / "benchmarks"
+sys.path += [str(_BENCHMARKS / "quality"), str(_BENCHMARKS / "llama_cpp")]
