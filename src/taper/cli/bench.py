@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from taper import __version__
-from taper.cli.options import WidthList, check_widths, json_option, model_path, set_threads, threads_option
+from taper.cli.options import WidthList, json_option, model_path, set_threads, threads_option
 from taper.cli.terminal import file_size, note, table
 from taper.errors import DoesNotFitError, UsageError
 
@@ -39,7 +39,7 @@ class Row:
     """
 
     test: str
-    bits: int
+    bits: float
     num_tokens: int
     tokens_per_s: float
     spread_frac: float
@@ -64,7 +64,7 @@ class Row:
 @json_option
 def command(
     model: str | None,
-    bits: tuple[int, ...] | None,
+    bits: tuple[float, ...] | None,
     prompt: int,
     generate: int,
     repeat: int,
@@ -87,7 +87,8 @@ def command(
     note(file.notice())
     decoder = Decoder.from_taper(file)
     widths = bits or tuple(range(decoder.max_bits, decoder.min_bits - 1, -1))
-    check_widths(widths, decoder.min_bits, decoder.max_bits)
+    for width in widths:
+        decoder.widths(width)  # refuses what the file does not hold before anything runs
     if max(prompt, generate) > decoder.context_length:
         raise DoesNotFitError(
             f"{max(prompt, generate)} tokens are beyond the model's context of {decoder.context_length}",
@@ -97,14 +98,14 @@ def command(
     for row in measure(decoder, widths, prompt, generate, repeat):
         rows.append(row)
         if not as_json:
-            click.echo(f"{row.test} at {row.bits} bits: {row.tokens_per_s:.1f} tok/s", err=True)
+            click.echo(f"{row.test} at {row.bits:g} bits: {row.tokens_per_s:.1f} tok/s", err=True)
     if not as_json:
         click.echo(_text(rows))
     click.echo(json.dumps(_report(file.path.name, file.file_bytes, rows)))
 
 
 def measure(
-    decoder: Decoder, widths: tuple[int, ...], prompt: int, generate: int, repeat: int
+    decoder: Decoder, widths: tuple[float, ...], prompt: int, generate: int, repeat: int
 ) -> Iterator[Row]:
     """Measure each width; every test first runs once without a clock."""
     for bits in widths:
@@ -114,7 +115,7 @@ def measure(
             yield _row(f"tg{generate}", bits, generate, _decode(decoder, bits, generate), repeat)
 
 
-def _row(test: str, bits: int, num_tokens: int, run: Callable[[], int], repeat: int) -> Row:
+def _row(test: str, bits: float, num_tokens: int, run: Callable[[], int], repeat: int) -> Row:
     """`run` does the work once and returns the bytes that it read."""
     num_bytes = run()
     seconds = []
@@ -135,7 +136,7 @@ def _row(test: str, bits: int, num_tokens: int, run: Callable[[], int], repeat: 
     )
 
 
-def _prefill(decoder: Decoder, bits: int, num_tokens: int) -> Callable[[], int]:
+def _prefill(decoder: Decoder, bits: float, num_tokens: int) -> Callable[[], int]:
     """A prompt in the engine's chunks, logits of the last token only."""
     from taper.engine.engine import PREFILL_CHUNK_TOKENS
 
@@ -153,7 +154,7 @@ def _prefill(decoder: Decoder, bits: int, num_tokens: int) -> Callable[[], int]:
     return run
 
 
-def _decode(decoder: Decoder, bits: int, num_tokens: int) -> Callable[[], int]:
+def _decode(decoder: Decoder, bits: float, num_tokens: int) -> Callable[[], int]:
     """One pass a token, from an empty cache; no sampling, as in llama-bench."""
     tokens = _random_tokens(decoder, num_tokens)
 
@@ -197,7 +198,7 @@ def _text(rows: list[Row]) -> str:
     cells = [
         (
             row.test,
-            str(row.bits),
+            f"{row.bits:g}",
             f"{row.tokens_per_s:.1f}",
             f"{row.spread_frac:.1%}",
             file_size(row.bytes_per_token),

@@ -58,6 +58,8 @@ def describe(file: TaperFile, damaged: list[str] | None) -> dict[str, Any]:
             {"bits": bits, "bytes": file.bytes_at(bits), "bpw": 8 * file.bytes_at(bits) / file.num_weights}
             for bits in range(file.min_bits, file.max_bits + 1)
         ],
+        "planes": file.header.planes,
+        "sensitivity": None if file.sensitivity is None else file.sensitivity.to_dict(),
         "has_tokenizer": file.tokenizer_json is not None,
         "has_chat_template": file.chat_template is not None,
         "policies": file.policies,
@@ -82,7 +84,9 @@ def _text(description: dict[str, Any]) -> str:
         f"vocabulary    {config['vocab_size']:,}, {head} head",
         f"context       {config['max_position_embeddings']:,} tokens",
         f"tokenizer     {has['tokenizer']}; chat template: {has['chat_template']}",
-        f"planes        {description['num_planes']} of {description['num_planes_in_header']}",
+        f"planes        {description['num_planes']} of {description['num_planes_in_header']}"
+        f"{_ceilings(description['planes'])}",
+        f"sensitivity   {_sensitivity(description['sensitivity'])}",
     ]
     if description["damaged"] is not None:
         lines.append(f"checksums     {'damaged' if description['damaged'] else 'all match'}")
@@ -92,6 +96,18 @@ def _text(description: dict[str, Any]) -> str:
         if description[title]:
             lines += ["", title, *_nested(description[title])]
     return "\n".join(lines)
+
+
+def _ceilings(planes: dict[str, int]) -> str:
+    """Which matrices hold fewer planes than the file."""
+    counts = {bits: sum(other == bits for other in planes.values()) for bits in sorted(set(planes.values()))}
+    return "".join(f"; {count} matrices hold {bits}" for bits, count in counts.items())
+
+
+def _sensitivity(raw: dict[str, Any] | None) -> str:
+    if raw is None:
+        return "none: whole numbers of bits only (taper allocate --text measures it)"
+    return f"{raw['num_tokens']:,} tokens of {raw['text']} against {raw['reference']}"
 
 
 def _nested(value: Any, indent: str = "  ") -> list[str]:

@@ -20,6 +20,7 @@ from taper.errors import TaperError
 COMMANDS = {
     "run": "Continue a prompt, or chat.",
     "quantize": "Turn a Hugging Face checkpoint into a .taper file.",
+    "allocate": "Spend bits where they help most.",
     "inspect": "Show what a .taper file holds.",
     "eval": "Measure perplexity at several widths.",
     "bench": "Measure prefill and decode speed.",

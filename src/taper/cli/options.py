@@ -2,32 +2,51 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from taper.errors import UsageError
-
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class WidthList(click.ParamType[tuple[int, ...]]):
-    """Comma-separated widths, as in 4,3,2."""
+class WidthList(click.ParamType[tuple[float, ...]]):
+    """Comma-separated widths, as in 4,3.3,2."""
 
     name = "B,B,..."
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, ...]:
-        """A tuple of ints without repetition."""
+    ) -> tuple[float, ...]:
+        """A tuple without repetition; whole numbers as ints."""
         if isinstance(value, tuple):
             return value
-        words = str(value).split(",")
-        if not all(word.strip().isdecimal() for word in words):
-            self.fail(f"{value!r} is not a list of widths, as in 4,3,2", param, ctx)
-        return tuple(dict.fromkeys(int(word) for word in words))
+        words = [word.strip() for word in str(value).split(",")]
+        if not all(re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", word, re.ASCII) for word in words):
+            self.fail(f"{value!r} is not a list of widths, as in 4,3.3,2", param, ctx)
+        numbers = (float(word) for word in words)
+        return tuple(dict.fromkeys(int(bits) if bits.is_integer() else bits for bits in numbers))
+
+
+class FileSize(click.ParamType[int]):
+    """A number of bytes with a unit, as in 600MB or 1.5GiB."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Bytes, rounded down."""
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([kKMG]i?)?B?", str(value), re.ASCII)
+        if found is None:
+            self.fail(f"{value!r} is not a size, as in 600MB, 1.5GiB or 6000000", param, ctx)
+        return int(float(found[1]) * _UNITS[(found[2] or "").upper()])
+
+
+FILE_SIZE = FileSize()
+_UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
 def threads_option(function: F) -> F:
@@ -59,13 +78,3 @@ def model_path(model: str | None) -> Path:
     from taper.engine import embedded_model
 
     return embedded_model() if model is None else Path(model)
-
-
-def check_widths(bits: tuple[int, ...], min_bits: int, max_bits: int) -> None:
-    """Raise UsageError for a width outside the model."""
-    for width in bits:
-        if not min_bits <= width <= max_bits:
-            raise UsageError(
-                f"{width} bits are outside the model's {min_bits}..{max_bits}",
-                hint=f"choose within {min_bits}..{max_bits}",
-            )

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from taper.cli.options import set_threads, threads_option
+from taper.cli.options import FILE_SIZE, set_threads, threads_option
 from taper.cli.terminal import file_size, progress_bar
+from taper.errors import UsageError
 
 if TYPE_CHECKING:
     from taper.quantize.pipeline import Progress
@@ -31,6 +32,16 @@ if TYPE_CHECKING:
     help="How much of it to read; default: 16384.",
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the rotation's signs.")
+@click.option(
+    "--bits-per-weight", type=float, metavar="B", help="Keep only the planes that fit B bits per weight."
+)
+@click.option(
+    "--target-size",
+    type=FILE_SIZE,
+    metavar="SIZE",
+    help="Keep only the planes that fit a file of SIZE, as in 600MB.",
+)
+@click.option("--no-sensitivity", is_flag=True, help="Do not measure where bits help; no fractions then.")
 @threads_option
 def command(
     hf_dir: str,
@@ -39,21 +50,32 @@ def command(
     calibration: str | None,
     calibration_tokens: int | None,
     seed: int,
+    bits_per_weight: float | None,
+    target_size: int | None,
+    no_sensitivity: bool,
     threads: int | None,
 ) -> None:
     """Quantise the checkpoint in HF_DIR (config.json, safetensors, tokenizer.json) to nested bit planes.
 
     Stopped work is kept in FILE.partial; the same command goes on from there and gives the same bytes.
     """
+    from dataclasses import replace
     from pathlib import Path
 
     from taper.formats.spec import parse_widths
-    from taper.quantize.pipeline import QuantizeOptions, quantize
+    from taper.quantize import Budget, QuantizeOptions, quantize
 
     set_threads(threads)
-    options = QuantizeOptions(bits=parse_widths(bits), seed=seed)
+    budget = None
+    if bits_per_weight is not None or target_size is not None:
+        if no_sensitivity:
+            raise UsageError("a budget is spent by the sensitivity", hint="leave --no-sensitivity out")
+        budget = Budget(bits_per_weight, target_size)
+    options = QuantizeOptions(
+        bits=parse_widths(bits), seed=seed, sensitivity=not no_sensitivity, budget=budget
+    )
     if calibration_tokens is not None:
-        options = QuantizeOptions(bits=options.bits, seed=seed, calibration_tokens=calibration_tokens)
+        options = replace(options, calibration_tokens=calibration_tokens)
     with progress_bar("quantize") as update:
 
         def report(progress: Progress) -> None:

@@ -65,6 +65,17 @@ def write_taper(
     _write_file(path, header, entries, _arrays(header, source, small))
 
 
+def described_bytes(header: TaperHeader, scale_rows: Mapping[str, int]) -> int:
+    """Size of the file that `write_taper` makes of this header.
+
+    Args:
+        header: everything that is no tensor.
+        scale_rows: matrix name to rows of its scales.
+    """
+    entries = layout(header, scale_rows)
+    return _data_begin(header, entries) + entries[-1].end
+
+
 def rewrite_header(path: str | Path, header: TaperHeader) -> None:
     """Give a file another header (card, policies, tokenizer, ...) over the same tensors and digests.
 
@@ -116,7 +127,7 @@ def _write_file(
     arrays: Iterable[tuple[str, npt.NDArray[Any]]],
 ) -> None:
     """Data first, under a temporary name; then the header, whose length the digests do not change."""
-    data_begin = len(_header_bytes(header, entries, {entry.name: "0" * DIGEST_DIGITS for entry in entries}))
+    data_begin = _data_begin(header, entries)
     _check_disk(path, data_begin + entries[-1].end)
     with _replacing(path) as file:
         file.write(bytes(data_begin))
@@ -250,6 +261,11 @@ def _header_bytes(header: TaperHeader, entries: list[TensorEntry], digests: Mapp
     place = find_header_hash(raw)
     assert place is not None
     return raw[: place.start(1)] + hashlib.sha256(raw).hexdigest().encode() + raw[place.end(1) :]
+
+
+def _data_begin(header: TaperHeader, entries: list[TensorEntry]) -> int:
+    """Length of the field and header; the digests have one length whatever they are."""
+    return len(_header_bytes(header, entries, {entry.name: "0" * DIGEST_DIGITS for entry in entries}))
 
 
 def _metadata(header: TaperHeader, digests: Mapping[str, str]) -> dict[str, str]:

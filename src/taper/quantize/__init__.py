@@ -2,13 +2,17 @@
 
 from taper.quantize.codebook import NestedCodebook, gaussian_codebook
 from taper.quantize.pipeline import Progress, QuantizeOptions, QuantizeReport, StoppedError, quantize
+from taper.quantize.shrink import Allocation, Budget, Shrinker
 from taper.quantize.solver import Solution, SolverOptions, solve
 
 __all__ = [
+    "Allocation",
+    "Budget",
     "NestedCodebook",
     "Progress",
     "QuantizeOptions",
     "QuantizeReport",
+    "Shrinker",
     "Solution",
     "SolverOptions",
     "StoppedError",

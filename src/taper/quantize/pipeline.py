@@ -23,12 +23,18 @@ from taper.kernels import pack_planes, rotate
 from taper.models.families import MatrixSource, matrix_sources, read_final_norm, read_matrix
 from taper.quantize.calibrate import CalibrationRun, Moments, generate_tokens, sample_tokens
 from taper.quantize.codebook import NestedCodebook, gaussian_codebook
+from taper.quantize.finish import finish
 from taper.quantize.shards import ShardFolder
+from taper.quantize.shrink import Budget
 from taper.quantize.solver import SolverOptions, solve
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 Int32 = NDArray[np.int32]
+
+
+# All planes, in the shard folder, while their sensitivity is measured.
+_WHOLE_FILE = "whole.taper"
 
 
 class StoppedError(TaperError):
@@ -42,7 +48,7 @@ class Progress:
     """How far the work is.
 
     Attributes:
-        stage: `generate`, `calibrate`, `solve` or `write`.
+        stage: `generate`, `calibrate`, `solve`, `write` or `sensitivity`, which counts from 0 to 1 anew.
         name: the matrix or layer in work.
         done_frac: finished share of all the work, 0..1.
         eta_s: seconds that remain at the present pace; None while there is no pace yet.
@@ -63,12 +69,17 @@ class QuantizeOptions:
         calibration_tokens: about how many tokens of the calibration text are read.
         seed: of the rotation signs.
         solver: see `SolverOptions`.
+        sensitivity: measure what each matrix costs at each width and store it, for readings at a fraction of
+            bits.
+        budget: keep only the planes with the least predicted loss within it; measures the sensitivity, too.
     """
 
     bits: tuple[int, int] = (2, 8)
     calibration_tokens: int = 16384
     seed: int = 0
     solver: SolverOptions = field(default_factory=SolverOptions)
+    sensitivity: bool = False
+    budget: Budget | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +148,14 @@ def quantize(
         tokens = _own_tokens(checkpoint, options, shards, meter) if given is None else given
         job = _Job(checkpoint, tokens, codebook, options, shards, meter)
         job.run()
-        job.write(out, provenance, card or {}, policies or {})
+        if options.budget is None and (not options.sensitivity or options.bits[0] == options.bits[1]):
+            job.write(out, provenance, card or {}, policies or {})
+        else:
+            whole = shards.path / _WHOLE_FILE
+            if not whole.is_file():
+                job.write(whole, provenance, card or {}, policies or {})
+            text = "own text" if calibration is None else Path(calibration).name
+            finish(whole, out, tokens, text, options.budget, shards, meter.measure)
     except KeyboardInterrupt:
         raise StoppedError(
             f"stopped; finished matrices are kept in {shards.path}", hint="run the same command to go on"
@@ -238,6 +256,7 @@ class _Job:
             policies=policies,
             card=card,
             provenance=provenance,
+            relative_errors={spec.name: self.shards.errors(spec.name) for spec in self.specs},
         )
         write_taper(out, header, self._matrices, {FINAL_NORM: read_final_norm(self.checkpoint)})
 
@@ -276,6 +295,11 @@ class _Meter:
         remaining = self._total - self._found - self._done
         eta_s = elapsed * remaining / self._done if self._done else None
         self._report(Progress(stage, name, (self._found + self._done) / self._total, eta_s))
+
+    def measure(self, name: str, done_frac: float, left_s: float | None) -> None:
+        """Report the sensitivity's share: its pace says nothing about the solver's."""
+        if self._report is not None:
+            self._report(Progress("sensitivity", name, done_frac, left_s))
 
 
 def _row_work(spec: MatrixSpec) -> int:

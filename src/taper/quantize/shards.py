@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from taper.errors import UsageError
 U8 = NDArray[np.uint8]
 
 _FINGERPRINT_FILE = "fingerprint.json"
+_SENSITIVITY_FILE = "sensitivity.json"
 _TOKENS_FILE = "calibration-tokens.safetensors"
 
 
@@ -90,6 +91,21 @@ class ShardFolder:
     def tokens(self) -> NDArray[np.int32]:
         """The tokens of `save_tokens`."""
         return _read(self.path / _TOKENS_FILE, "tokens")
+
+    def save_sensitivity(self, rows: Mapping[str, Mapping[int, float]]) -> None:
+        """Keep figures of the sensitivity: matrix name to width to KL."""
+        text = json.dumps({name: {str(bits): kl for bits, kl in row.items()} for name, row in rows.items()})
+        _write_atomically(
+            self.path / _SENSITIVITY_FILE, lambda temporary: temporary.write_text(text, encoding="utf-8")
+        )
+
+    def sensitivity(self) -> dict[str, dict[int, float]]:
+        """The figures of `save_sensitivity`; none where nothing was kept."""
+        path = self.path / _SENSITIVITY_FILE
+        if not path.is_file():
+            return {}
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        return {name: {int(bits): float(kl) for bits, kl in row.items()} for name, row in raw.items()}
 
     def remove(self) -> None:
         """Delete the folder and all that is in it."""

@@ -1,0 +1,38 @@
+"""Passages of the calibration text that calibration does not read."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from taper.formats.huggingface import HfCheckpoint
+from taper.layers.rope import context_length
+from taper.quantize.calibrate import _CHARACTERS_PER_TOKEN, SEQUENCE_TOKENS
+
+
+def held_out_passages(
+    checkpoint: HfCheckpoint, text: str, calibration_tokens: int, num_passages: int
+) -> list[str]:
+    """Passages from the gaps between those of `sample_tokens`, evenly spaced; none where the gaps are short.
+
+    A passage begins where a calibration passage of the most characters would end, and ends before the next
+    one begins.
+
+    Args:
+        checkpoint: for its context length.
+        text: the calibration text.
+        calibration_tokens: as given to `sample_tokens`.
+        num_passages: at most that many.
+    """
+    length = min(SEQUENCE_TOKENS, context_length(checkpoint.config))
+    count = max(1, calibration_tokens // length)
+    window = length * _CHARACTERS_PER_TOKEN
+    starts = np.linspace(0, len(text), count, endpoint=False).astype(int)
+    ends = [*starts[1:], len(text)]
+    room = min(end - start for start, end in zip(starts, ends, strict=True)) - window
+    in_gap = max(1, -(-num_passages // count))
+    size = min(window, room // in_gap)
+    if size < length:  # even one character a token would not fill a block
+        return []
+    begins = [start + window + part * size for start in starts for part in range(in_gap)]
+    chosen = np.linspace(0, len(begins) - 1, min(num_passages, len(begins))).astype(int)
+    return [text[begins[i] : begins[i] + size] for i in chosen]
