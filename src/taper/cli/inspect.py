@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from taper.cli.card import card_text
 from taper.cli.options import json_option, model_path
 from taper.cli.terminal import file_size, note, table
 from taper.errors import CorruptFileError
@@ -92,7 +93,9 @@ def _text(description: dict[str, Any]) -> str:
         lines.append(f"checksums     {'damaged' if description['damaged'] else 'all match'}")
     rows = [(str(w["bits"]), f"{w['bytes']:,}", f"{w['bpw']:.2f}") for w in description["widths"]]
     lines += ["", table(("bits", "bytes", "bpw"), rows)]
-    for title in ("policies", "card", "provenance"):
+    if description["card"].get("widths"):
+        lines += ["", f"quality       {card_text(description['card'])}"]
+    for title in ("policies", "provenance"):
         if description[title]:
             lines += ["", title, *_nested(description[title])]
     return "\n".join(lines)

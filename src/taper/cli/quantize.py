@@ -31,6 +31,13 @@ if TYPE_CHECKING:
     metavar="N",
     help="How much of it to read; default: 16384.",
 )
+@click.option(
+    "--card/--no-card",
+    "has_card",
+    default=True,
+    help="Measure every width against HF_DIR on text that calibration does not read, and store it.",
+)
+@click.option("--card-text", metavar="TEXT", help="Measure the card on this text instead.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the rotation's signs.")
 @click.option(
     "--bits-per-weight", type=float, metavar="B", help="Keep only the planes that fit B bits per weight."
@@ -49,6 +56,8 @@ def command(
     bits: str,
     calibration: str | None,
     calibration_tokens: int | None,
+    has_card: bool,
+    card_text: str | None,
     seed: int,
     bits_per_weight: float | None,
     target_size: int | None,
@@ -62,6 +71,7 @@ def command(
     from dataclasses import replace
     from pathlib import Path
 
+    from taper.cli.card import card_step
     from taper.formats.spec import parse_widths
     from taper.quantize import Budget, QuantizeOptions, quantize
 
@@ -76,12 +86,15 @@ def command(
     )
     if calibration_tokens is not None:
         options = replace(options, calibration_tokens=calibration_tokens)
+    after_write = card_step(hf_dir, calibration, options.calibration_tokens, card_text) if has_card else None
     with progress_bar("quantize") as update:
 
         def report(progress: Progress) -> None:
             update(f"{progress.stage} {progress.name}", progress.done_frac, progress.eta_s)
 
-        result = quantize(hf_dir, out, calibration=calibration, options=options, progress=report)
+        result = quantize(
+            hf_dir, out, calibration=calibration, options=options, progress=report, after_write=after_write
+        )
     size = file_size(Path(out).stat().st_size)
     tokens = f"{result.calibration_tokens:,} calibration tokens"
     click.echo(f"{out}: {size}, {bits} bits, {tokens}, {result.seconds:.0f} s")

@@ -267,14 +267,11 @@ def open_model(model: str | Path) -> tuple[Decoder, Tokenizer]:
 
 
 def checked_widths(decoder: Decoder, bits: Sequence[float] | None) -> list[float]:
-    """The widths to measure; None means all whole ones. Raises UsageError for one outside the model."""
+    """The widths to measure; None means all whole ones. Raises UsageError for one that cannot be read."""
     low, high = decoder.min_bits, decoder.max_bits
     widths: list[float] = [*range(low, high + 1)] if bits is None else [*bits]
     for width in widths:
-        if not low <= width <= high:
-            raise UsageError(
-                f"{width} bits are outside the model's {low}..{high}", hint=f"choose within {low}..{high}"
-            )
+        decoder.widths(width)
     if not widths:
         raise UsageError("no widths to measure", hint=f"choose within {low}..{high}")
     return widths

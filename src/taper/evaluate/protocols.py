@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,3 +90,22 @@ def cut(
     first_scored = length // 2 + 1 if windows else 1
     per_byte = (len(ids) - len(begin)) / len(text.encode())
     return Blocks(protocol, tokens, first_scored, per_byte)
+
+
+def passage_blocks(passages: Sequence[str], tokenizer: Tokenizer, context_tokens: int) -> Blocks:
+    """One llama.cpp window from the beginning of each passage; those too short for one are left out.
+
+    Raises:
+        UsageError: no passage holds a window.
+    """
+    length = min(_LLAMA_CPP_TOKENS, context_tokens)
+    begin = tokenizer.encode("")[:1]
+    encoded = [tokenizer.encode(passage, special_tokens=False) for passage in passages]
+    whole = [[*begin, *ids][:length] for ids in encoded if len(begin) + len(ids) >= length]
+    if not whole:
+        raise UsageError(
+            f"none of {len(passages)} passages has the {length} tokens of a block", hint="give a longer text"
+        )
+    num_bytes = sum(len(passage.encode()) for passage in passages)
+    per_byte = sum(len(ids) for ids in encoded) / num_bytes
+    return Blocks("llama.cpp", np.array(whole, dtype=np.int32), length // 2 + 1, per_byte)

@@ -36,3 +36,11 @@ def held_out_passages(
     begins = [start + window + part * size for start in starts for part in range(in_gap)]
     chosen = np.linspace(0, len(begins) - 1, min(num_passages, len(begins))).astype(int)
     return [text[begins[i] : begins[i] + size] for i in chosen]
+
+
+def spaced_passages(checkpoint: HfCheckpoint, text: str, num_passages: int) -> list[str]:
+    """Evenly spaced passages of a text that calibration does not read at all, at most `num_passages`."""
+    window = min(SEQUENCE_TOKENS, context_length(checkpoint.config)) * _CHARACTERS_PER_TOKEN
+    count = max(1, min(num_passages, len(text) // window))
+    starts = np.linspace(0, max(0, len(text) - window), count).astype(int)
+    return [text[start : start + window] for start in starts]

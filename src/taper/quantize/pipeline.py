@@ -108,6 +108,7 @@ def quantize(
     card: dict[str, Any] | None = None,
     policies: dict[str, str] | None = None,
     progress: Callable[[Progress], None] | None = None,
+    after_write: Callable[[Path], None] | None = None,
 ) -> QuantizeReport:
     """Quantise a checkpoint to nested planes.
 
@@ -123,6 +124,8 @@ def quantize(
         card: the quality card to store.
         policies: named precision policies to store.
         progress: called after each piece of work.
+        after_write: called with the written file while finished matrices are still kept, so that a stop in it
+            costs only itself.
 
     Raises:
         UsageError: an option, a path or a text that cannot be used, or an unsupported model.
@@ -156,6 +159,8 @@ def quantize(
                 job.write(whole, provenance, card or {}, policies or {})
             text = "own text" if calibration is None else Path(calibration).name
             finish(whole, out, tokens, text, options.budget, shards, meter.measure)
+        if after_write is not None:
+            after_write(out)
     except KeyboardInterrupt:
         raise StoppedError(
             f"stopped; finished matrices are kept in {shards.path}", hint="run the same command to go on"

@@ -1,0 +1,48 @@
+"""Held-out passages never touch what calibration reads."""
+
+from __future__ import annotations
+
+import pytest
+
+from taper.formats.huggingface import HfCheckpoint
+from taper.quantize.calibrate import sample_tokens
+from taper.quantize.heldout import held_out_passages, spaced_passages
+from taper.testing.tiny import tiny_hf_dir, tiny_tokenizer_json
+from taper.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> HfCheckpoint:
+    return HfCheckpoint.open(tiny_hf_dir(tmp_path_factory.mktemp("hf") / "hf"))
+
+
+def numbered(length: int) -> str:
+    """Text whose every 8 characters say where they lie."""
+    return "".join(f"{i:07d} " for i in range(length // 8))
+
+
+@pytest.mark.parametrize(("tokens", "num_passages"), [(1024, 3), (1024, 16), (256, 5)])
+def test_no_character_is_in_both(checkpoint: HfCheckpoint, tokens: int, num_passages: int) -> None:
+    text = numbered(80_000)
+    passages = held_out_passages(checkpoint, text, tokens, num_passages)
+    assert len(passages) == num_passages
+    tokenizer = Tokenizer(tiny_tokenizer_json())
+    read = [tokenizer.decode(row.tolist()) for row in sample_tokens(checkpoint, text, tokens)]
+    spans = [(text.index(piece), text.index(piece) + len(piece)) for piece in read]
+    for passage in passages:
+        begin = text.index(passage)
+        assert all(begin >= end or begin + len(passage) <= start for start, end in spans)
+        # Each holds one 256-token block of this tokenizer, a character a token at worst.
+        assert len(tokenizer.encode(passage)) >= 256
+    assert len({text.index(passage) for passage in passages}) == num_passages
+
+
+def test_a_text_that_calibration_reads_whole_has_none(checkpoint: HfCheckpoint) -> None:
+    assert held_out_passages(checkpoint, numbered(8_000), 1024, 4) == []
+
+
+def test_passages_of_another_text_span_it(checkpoint: HfCheckpoint) -> None:
+    text = numbered(40_000)
+    passages = spaced_passages(checkpoint, text, 4)
+    assert [text.startswith(passages[0]), text.endswith(passages[-1]), len(passages)] == [True, True, 4]
+    assert spaced_passages(checkpoint, "short", 4) == ["short"]
