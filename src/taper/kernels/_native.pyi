@@ -98,3 +98,13 @@ def solve_nested(
     passes: int,
     refit_scales: bool,
 ) -> tuple[NDArray[np.uint8], Float32, Float32]: ...
+def fit_row_tables(
+    weights: Float32,
+    sensitivity: Float32,
+    importance: Float32,
+    min_bits: int,
+    max_bits: int,
+    cells: int,
+    greedy: bool,
+    seed: int,
+) -> tuple[NDArray[np.uint8], Float32]: ...
