@@ -25,6 +25,8 @@ const char* name_of(Dtype dtype) {
       return "int32";
     case Dtype::i64:
       return "int64";
+    case Dtype::u16:
+      return "uint16";
   }
   return "";
 }
@@ -47,6 +49,8 @@ bool format_matches(const char* format, int64_t itemsize, Dtype dtype) {
       return std::strchr("il", format[0]) != nullptr && itemsize == 4;
     case Dtype::i64:
       return std::strchr("lq", format[0]) != nullptr && itemsize == 8;
+    case Dtype::u16:
+      return format[0] == 'H';
   }
   return false;
 }
@@ -110,7 +114,7 @@ nb::object numpy_empty(std::initializer_list<int64_t> shape, Dtype dtype) {
   static PyObject* const empty = numpy_attribute("empty");
   static PyObject* const dtypes[] = {numpy_attribute("float32"), numpy_attribute("float16"), numpy_attribute("float64"),
                                      numpy_attribute("int8"),    numpy_attribute("uint8"),   numpy_attribute("int32"),
-                                     numpy_attribute("int64")};
+                                     numpy_attribute("int64"),   numpy_attribute("uint16")};
   nb::object dims = nb::steal(PyTuple_New(static_cast<Py_ssize_t>(shape.size())));
   Py_ssize_t axis = 0;
   for (const int64_t length : shape) PyTuple_SetItem(dims.ptr(), axis++, PyLong_FromLongLong(length));

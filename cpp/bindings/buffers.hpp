@@ -13,7 +13,7 @@ namespace taper {
 
 namespace nb = nanobind;
 
-enum class Dtype { f32, f16, f64, i8, u8, i32, i64 };
+enum class Dtype { f32, f16, f64, i8, u8, i32, i64, u16 };
 
 template <class T>
 constexpr Dtype dtype_of();

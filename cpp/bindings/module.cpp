@@ -9,4 +9,5 @@ NB_MODULE(_native, m) {
   taper::bind_attention(m);
   taper::bind_solver(m);
   taper::bind_row_tables(m);
+  taper::bind_outliers(m);
 }

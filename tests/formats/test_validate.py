@@ -80,7 +80,7 @@ FORGERIES = {
     "matrix list": (inside("matrices", lambda m: m.pop()), "5 matrices; the configuration has 6"),
     "matrix cols": (inside("matrices", lambda m: put(m[0], "cols", 192)), "but the configuration has"),
     "matrix block": (inside("matrices", lambda m: put(m[0], "block", 96)), "but the configuration has"),
-    "dtype": (lambda h: put(h["norm.final"], "dtype", "I32"), "dtype 'I32'"),
+    "dtype": (lambda h: put(h["norm.final"], "dtype", "I64"), "dtype 'I64'"),
     "bytes": (lambda h: put(h["norm.final"], "shape", [97]), r"shape \[97\]"),
     "overflow": (lambda h: put(h["norm.final"], "shape", [2**62, 2**3]), "spans 384 bytes"),
     "negative": (lambda h: put(h["norm.final"], "data_offsets", [-4, 380]), "data_offsets"),

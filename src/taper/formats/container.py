@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from taper.config import ModelConfig
 from taper.errors import CorruptFileError, ModelNotFoundError
+from taper.formats.outliers import OutlierRows
 from taper.formats.safetensors_header import SafetensorsHeader, read_header
 from taper.formats.sensitivity import Sensitivity
 from taper.formats.spec import (
@@ -28,7 +29,13 @@ from taper.formats.spec import (
 )
 from taper.formats.validate import header_hash_matches, validate
 
-_DTYPES: dict[str, type[np.generic]] = {"U8": np.uint8, "F16": np.float16, "F32": np.float32}
+_DTYPES: dict[str, type[np.generic]] = {
+    "U8": np.uint8,
+    "U16": np.uint16,
+    "F16": np.float16,
+    "I32": np.int32,
+    "F32": np.float32,
+}
 _HASH_CHUNK_BYTES = 1 << 20
 
 
@@ -52,6 +59,9 @@ class TaperFile:
         for entry in frame.entries.values():
             if entry.dtype in ("F16", "F32"):
                 _check_finite(path, entry.name, self.tensor(entry.name))
+        for spec in self.matrices:
+            if (outliers := self._outliers(spec.name)) is not None:
+                _check_outliers(path, spec, outliers)
 
     @classmethod
     def open(cls, path: str | Path, verify: bool = False) -> TaperFile:
@@ -184,6 +194,7 @@ class TaperFile:
             scales=self.tensor(f"{name}.scales")[: width - self.min_bits + 1],
             bias=self.tensor(f"{name}.bias") if spec.has_bias else None,
             signs=unpack_signs(self.tensor(f"{name}.signs"), spec.in_features),
+            outliers=self._outliers(name),
         )
 
     def verify(self) -> list[str]:
@@ -213,6 +224,12 @@ class TaperFile:
             f"{self.total_bits} planes are whole; running at up to {self.max_bits} bits"
         )
 
+    def _outliers(self, name: str) -> OutlierRows | None:
+        if f"{name}.outliers.starts" not in self._frame.entries:
+            return None
+        parts = ("starts", "columns", "values")
+        return OutlierRows(*(self.tensor(f"{name}.outliers.{part}") for part in parts))
+
     def _whole_planes(self) -> int:
         whole = 0
         while whole < self.total_bits and self.bytes_at(whole + 1) <= self.file_bytes:
@@ -240,7 +257,7 @@ def _usable(path: Path, header: TaperHeader, max_bits: int) -> TaperHeader:
         {bits: header.codebook.level_scales[bits] for bits in widths},
     )
     planes = {name: planes for name, planes in header.planes.items() if planes < max_bits}
-    matrices = expected_matrices(header.config, planes)
+    matrices = expected_matrices(header.config, planes, header.rotated)
     num_widths = {spec.name: spec.width_at(max_bits) - header.min_bits + 1 for spec in matrices}
     return replace(
         header,
@@ -265,6 +282,15 @@ def _check_finite(path: Path, name: str, values: npt.NDArray[Any]) -> None:
     if not finite.all():
         index = [int(i) for i in np.argwhere(~finite)[0]]
         raise CorruptFileError(f"{path}: {name} at {index} is {values[tuple(index)]}, not a finite number")
+
+
+def _check_outliers(path: Path, spec: MatrixSpec, outliers: OutlierRows) -> None:
+    try:
+        outliers.check(spec.in_features)
+    except ValueError as error:
+        raise CorruptFileError(
+            f"{path}: {spec.name}.outliers: {error}", hint="copy or download the file again"
+        ) from error
 
 
 def _digest(file: BinaryIO, num_bytes: int) -> str:

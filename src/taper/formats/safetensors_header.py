@@ -19,7 +19,7 @@ from taper.errors import CorruptFileError, ModelNotFoundError
 LENGTH_FIELD_BYTES = 8
 # The limit of the safetensors library itself.
 MAX_HEADER_BYTES = 100_000_000
-DTYPE_BYTES = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4}
+DTYPE_BYTES = {"U8": 1, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "F32": 4}
 
 _MAGICS = {
     b"GGUF": "a GGUF file",

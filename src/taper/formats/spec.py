@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from taper.config import ModelConfig
 from taper.errors import UsageError
+from taper.formats.outliers import OutlierRows
 from taper.formats.safetensors_header import DTYPE_BYTES, TensorEntry
 from taper.formats.sensitivity import Sensitivity
 from taper.kernels import hadamard_block, padded_cols
@@ -40,7 +41,8 @@ class MatrixSpec:
 
     Attributes:
         cols: in_features rounded up to a multiple of 64, the width of a plane's row in weights.
-        block: consecutive columns that are rotated together, the largest power of two dividing in_features.
+        block: consecutive columns that are rotated together, the largest power of two dividing in_features; 1
+            where the file is not rotated.
         has_bias: whether `NAME.bias` is in the file.
         planes: planes that the file holds of this matrix where they are fewer than the file's, else None.
     """
@@ -90,6 +92,7 @@ class PlanedMatrix:
         scales: float16 (1, out_features) or (levels, out_features).
         bias: float32 (out_features) or None.
         signs: float32 (in_features) of +1 and -1, the rotation's signs.
+        outliers: weights beside the planes, in the space of the planes, or None.
     """
 
     spec: MatrixSpec
@@ -97,6 +100,7 @@ class PlanedMatrix:
     scales: F16
     bias: F32 | None
     signs: F32
+    outliers: OutlierRows | None = None
 
     @property
     def block(self) -> int:
@@ -135,6 +139,7 @@ class TaperHeader:
         planes: matrix name to its planes, of the matrices that hold fewer than `max_bits`.
         sensitivity: what each matrix costs at each width, for readings at a fraction of bits.
         relative_errors: matrix name to the solver's relative output error of each width from `min_bits` up.
+        rotated: whether the matrices are rotated; else every block is 1 and every sign +1.
     """
 
     config: ModelConfig
@@ -149,19 +154,23 @@ class TaperHeader:
     planes: dict[str, int] = field(default_factory=dict)
     sensitivity: Sensitivity | None = None
     relative_errors: dict[str, list[float]] = field(default_factory=dict)
+    rotated: bool = True
 
     @property
     def matrices(self) -> list[MatrixSpec]:
         """The matrices in the order of the file, each with its ceiling."""
-        return expected_matrices(self.config, self.planes)
+        return expected_matrices(self.config, self.planes, self.rotated)
 
 
-def expected_matrices(config: ModelConfig, planes: Mapping[str, int] | None = None) -> list[MatrixSpec]:
+def expected_matrices(
+    config: ModelConfig, planes: Mapping[str, int] | None = None, rotated: bool = True
+) -> list[MatrixSpec]:
     """The matrices of a model, in the order of the file.
 
     Args:
         config: the model.
         planes: ceilings of the matrices that hold fewer planes than the file.
+        rotated: whether their columns are rotated.
     """
     hidden, ffn = config.hidden_size, config.intermediate_size
     specs = [_spec("embed", config.vocab_size, hidden)]
@@ -176,17 +185,22 @@ def expected_matrices(config: ModelConfig, planes: Mapping[str, int] | None = No
     if not config.tie_word_embeddings:
         specs.append(_spec("head", config.vocab_size, hidden))
     ceilings = planes or {}
-    return [replace(spec, planes=ceilings.get(spec.name)) for spec in specs]
+    return [
+        replace(spec, planes=ceilings.get(spec.name), block=spec.block if rotated else 1) for spec in specs
+    ]
 
 
-def layout(header: TaperHeader, scale_rows: Mapping[str, int]) -> list[TensorEntry]:
+def layout(
+    header: TaperHeader, scale_rows: Mapping[str, int], num_outliers: Mapping[str, int] | None = None
+) -> list[TensorEntry]:
     """Every tensor of the file in order, pads included.
 
     Args:
         header: configuration, number of planes and ceilings.
         scale_rows: matrix name to rows of its scales.
+        num_outliers: matrix name to its outliers, of the matrices that have some.
     """
-    specs = header.matrices
+    specs, num_outliers = header.matrices, num_outliers or {}
     entries: list[TensorEntry] = []
     _place(entries, FINAL_NORM, "F32", (header.config.hidden_size,))
     # Widest type first: every array then lies at a multiple of its item size.
@@ -194,7 +208,14 @@ def layout(header: TaperHeader, scale_rows: Mapping[str, int]) -> list[TensorEnt
         if spec.has_bias:
             _place(entries, f"{spec.name}.bias", "F32", (spec.out_features,))
     for spec in specs:
+        if spec.name in num_outliers:
+            _place(entries, f"{spec.name}.outliers.starts", "I32", (spec.out_features + 1,))
+    for spec in specs:
         _place(entries, f"{spec.name}.scales", "F16", (scale_rows[spec.name], spec.out_features))
+    for spec in specs:
+        if spec.name in num_outliers:
+            _place(entries, f"{spec.name}.outliers.columns", "U16", (num_outliers[spec.name],))
+            _place(entries, f"{spec.name}.outliers.values", "F16", (num_outliers[spec.name],))
     for spec in specs:
         _place(entries, f"{spec.name}.signs", "U8", (-(-spec.in_features // 8),))
     num_pads = 0

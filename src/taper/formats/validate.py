@@ -123,7 +123,9 @@ def _header(metadata: dict[str, str]) -> TaperHeader:
     min_bits, max_bits = (int(metadata[key]) for key in ("min_bits", "max_bits"))
     if not 1 <= min_bits <= max_bits <= MAX_BITS:
         raise ValueError(f"widths {min_bits}..{max_bits}; the rule is 1 <= min <= max <= {MAX_BITS}")
-    planes = _ceilings(_json(metadata, "matrices", list), config, min_bits, max_bits)
+    matrices = _json(metadata, "matrices", list)
+    rotated = not all(isinstance(matrix, dict) and matrix.get("block") == 1 for matrix in matrices)
+    planes = _ceilings(matrices, config, range(min_bits, max_bits + 1), rotated)
     levels = range(min_bits, max_bits + 1)
     policies = _json(metadata, "policies", dict)
     if not all(isinstance(text, str) for text in policies.values()):
@@ -139,7 +141,10 @@ def _header(metadata: dict[str, str]) -> TaperHeader:
         card=_json(metadata, "card", dict),
         provenance=_json(metadata, "provenance", dict),
         planes=planes,
-        **_measurements(metadata, {spec.name: spec for spec in expected_matrices(config, planes)}, levels),
+        rotated=rotated,
+        **_measurements(
+            metadata, {spec.name: spec for spec in expected_matrices(config, planes, rotated)}, levels
+        ),
     )
 
 
@@ -160,8 +165,8 @@ def _codebook(raw: dict[str, Any], min_bits: int, max_bits: int) -> Codebook:
     return Codebook.from_levels(levels)
 
 
-def _ceilings(matrices: list[Any], config: ModelConfig, min_bits: int, max_bits: int) -> dict[str, int]:
-    """Compare with the configuration, and return the planes of the matrices that hold fewer than `max_bits`.
+def _ceilings(matrices: list[Any], config: ModelConfig, levels: range, rotated: bool) -> dict[str, int]:
+    """Compare with the configuration, and return the planes of the matrices that hold fewer than the file.
 
     The list's length is compared first, so that a forged layer count costs nothing.
     """
@@ -169,15 +174,15 @@ def _ceilings(matrices: list[Any], config: ModelConfig, min_bits: int, max_bits:
     if len(matrices) != expected_length:
         raise ValueError(f"{len(matrices)} matrices; the configuration has {expected_length}")
     planes = {}
-    for written, spec in zip(matrices, expected_matrices(config), strict=True):
+    for written, spec in zip(matrices, expected_matrices(config, rotated=rotated), strict=True):
         ceiling = written.get("planes") if isinstance(written, dict) else None
         if ceiling is not None:
-            _integer(f"planes of {spec.name}", ceiling, min_bits, max_bits - 1)
+            _integer(f"planes of {spec.name}", ceiling, levels[0], levels[-1] - 1)
             planes[spec.name] = ceiling
         if written != replace(spec, planes=ceiling).to_dict():
             raise ValueError(f"matrix {written}, but the configuration has {spec.to_dict()}")
     if len(planes) == len(matrices):
-        raise ValueError(f"no matrix has the {max_bits} planes of the file")
+        raise ValueError(f"no matrix has the {levels[-1]} planes of the file")
     return planes
 
 
@@ -195,18 +200,20 @@ def _measurements(metadata: dict[str, str], specs: dict[str, MatrixSpec], levels
 
 
 def _check_tensors(frame: SafetensorsHeader, header: TaperHeader) -> None:
-    """The table of tensors is the one that the writer makes; only the rows of the scales are the file's
-    choice."""
+    """The table of tensors is the one that the writer makes; only the rows of the scales and the
+    number of outliers are the file's choice."""
     if frame.data_begin % ALIGNMENT:
         raise ValueError(f"data begins at {frame.data_begin:,}, not a multiple of {ALIGNMENT}")
-    scale_rows = {}
+    scale_rows, num_outliers = {}, {}
     for spec in header.matrices:
         levels = spec.width_at(header.max_bits) - header.min_bits + 1
         shape = frame.entries[f"{spec.name}.scales"].shape
         if len(shape) != 2 or shape[0] not in (1, levels):
             raise ValueError(f"{spec.name}.scales has shape {list(shape)}; it needs 1 or {levels} rows")
         scale_rows[spec.name] = shape[0]
-    expected = layout(header, scale_rows)
+        if f"{spec.name}.outliers.columns" in frame.entries:
+            num_outliers[spec.name] = math.prod(frame.entries[f"{spec.name}.outliers.columns"].shape)
+    expected = layout(header, scale_rows, num_outliers)
     for wanted in expected:
         entry = frame.entries[wanted.name]
         if entry != wanted:

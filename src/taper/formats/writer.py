@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from taper.errors import CorruptFileError, DoesNotFitError, UsageError
+from taper.formats.outliers import MAX_COLUMNS, OutlierRows
 from taper.formats.safetensors_header import LENGTH_FIELD_BYTES, MAX_HEADER_BYTES, TensorEntry, read_header
 from taper.formats.spec import (
     ALIGNMENT,
@@ -26,6 +27,7 @@ from taper.formats.spec import (
     FINAL_NORM,
     FORMAT,
     U8,
+    MatrixSpec,
     PlanedMatrix,
     TaperHeader,
     layout,
@@ -61,7 +63,10 @@ def write_taper(
     _check_target(path)
     source = _passes(matrices)
     small = _small_tensors(header, source, tensors)
-    entries = layout(header, {spec.name: len(small[f"{spec.name}.scales"]) for spec in header.matrices})
+    scale_rows = {spec.name: len(small[f"{spec.name}.scales"]) for spec in header.matrices}
+    columns = {spec.name: small.get(f"{spec.name}.outliers.columns") for spec in header.matrices}
+    num_outliers = {name: len(found) for name, found in columns.items() if found is not None}
+    entries = layout(header, scale_rows, num_outliers)
     _write_file(path, header, entries, _arrays(header, source, small))
 
 
@@ -185,7 +190,27 @@ def _small_tensors(
         if matrix.bias is not None:
             _check_array(f"{spec.name}.bias", matrix.bias, np.float32, (spec.out_features,))
             small[f"{spec.name}.bias"] = matrix.bias
+        if matrix.outliers is not None:
+            small |= _outlier_tensors(spec, matrix.outliers)
     return small
+
+
+def _outlier_tensors(spec: MatrixSpec, outliers: OutlierRows) -> dict[str, npt.NDArray[Any]]:
+    if spec.in_features > MAX_COLUMNS:
+        raise UsageError(
+            f"{spec.name} has {spec.in_features:,} columns; outliers need at most {MAX_COLUMNS:,}",
+            hint="quantise it without outliers",
+        )
+    at = f"{spec.name}.outliers"
+    _check_array(f"{at}.starts", outliers.starts, np.int32, (spec.out_features + 1,))
+    _check_array(f"{at}.columns", outliers.columns, np.uint16, (outliers.starts[-1],))
+    _check_array(f"{at}.values", outliers.values, np.float16, (outliers.starts[-1],))
+    outliers.check(spec.in_features)
+    return {
+        f"{at}.starts": outliers.starts,
+        f"{at}.columns": outliers.columns,
+        f"{at}.values": outliers.values,
+    }
 
 
 def _check_array(name: str, array: npt.NDArray[Any], dtype: type, shape: tuple[int, ...]) -> None:

@@ -20,6 +20,7 @@ from taper.kernels.ops import (
 )
 from taper.kernels.planes import (
     Activations,
+    Outliers,
     Planes,
     hadamard_block,
     pack_planes,
@@ -29,6 +30,7 @@ from taper.kernels.planes import (
 
 __all__ = [
     "Activations",
+    "Outliers",
     "Planes",
     "attention",
     "available_isas",

@@ -98,6 +98,20 @@ def solve_nested(
     passes: int,
     refit_scales: bool,
 ) -> tuple[NDArray[np.uint8], Float32, Float32]: ...
+
+class Outliers:
+    def __init__(
+        self,
+        starts: NDArray[np.int32],
+        columns: NDArray[np.uint16],
+        values: NDArray[np.float16],
+        in_features: int,
+    ) -> None: ...
+    @property
+    def num_bytes(self) -> int: ...
+    def add_product(self, activations: Activations, out: Float32) -> None: ...
+    def add_rows(self, indices: NDArray[np.int32] | NDArray[np.int64], out: Float32) -> None: ...
+
 def fit_row_tables(
     weights: Float32,
     sensitivity: Float32,

@@ -214,6 +214,25 @@ def matmul(
     return y if residual is None else residual + y
 
 
+def add_outliers(
+    out: Float32,
+    activations: OracleActivations,
+    starts: NDArray[np.int32],
+    columns: NDArray[np.uint16],
+    values: NDArray[np.float16],
+) -> Float32:
+    """out (T, N) plus the outliers' product: one term after another, then times the token's scale."""
+    result = out.copy()
+    for row in range(out.shape[1]):
+        span = slice(starts[row], starts[row + 1])
+        total = np.zeros(len(out), np.float32)
+        for column, value in zip(columns[span], values[span], strict=True):
+            total = total + np.float32(value) * activations.q[:, column].astype(np.float32)
+        if span.start < span.stop:
+            result[:, row] = result[:, row] + total * activations.scale
+    return result
+
+
 def dequantize_rows(values: NDArray[np.int8], level_scale: float, row_scale: Float32) -> Float32:
     """Rows of int8 values as float32."""
     return values.astype(np.float32) * (row_scale * np.float32(level_scale))[:, None]

@@ -20,6 +20,10 @@ from taper.kernels import _native
 # Activations(q, scale, sum): int8 rows (T, cols) with a scale and a sum each; copies what it is given.
 Planes = _native.Planes
 Activations = _native.Activations
+# Outliers(starts, columns, values, in_features): weights beside the planes in compressed rows. starts: int32
+# (N + 1); columns: uint16, rising in each row; values: float16. add_product(activations, out) adds their
+# product to float32 (T, N), add_rows(indices, out) the named rows to float32 (len(indices), in_features).
+Outliers = _native.Outliers
 
 
 def pack_planes(codes: NDArray[np.uint8], parent_bits: int) -> list[NDArray[np.uint8]]:

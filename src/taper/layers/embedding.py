@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from taper.kernels import Planes, rotate
+from taper.kernels import Outliers, Planes, rotate
 from taper.layers.linear import Rotation
 
 F32 = npt.NDArray[np.float32]
@@ -29,18 +29,22 @@ class Embedding(Protocol):
 class PlanedEmbedding:
     """Rows of nested planes, always at the file's largest width: a row is little (docs/numerics.md)."""
 
-    def __init__(self, planes: Planes, rotation: Rotation) -> None:
+    def __init__(self, planes: Planes, rotation: Rotation, outliers: Outliers | None = None) -> None:
         self._planes = planes
         self._rotation = rotation
+        self._outliers = outliers
 
     def __call__(self, tokens: I32) -> F32:
         """See `Embedding`."""
         rows = self._planes.rows(tokens, self._planes.max_bits)
+        if self._outliers is not None:
+            self._outliers.add_rows(tokens, rows)
         return rotate(rows, self._rotation.signs, self._rotation.block, inverse=True)
 
     def row_bytes(self) -> int:
-        """See `Embedding`: the row of every plane and its scale."""
-        return self._planes.bytes_read(self._planes.max_bits) // self._planes.out_features
+        """See `Embedding`: the row of every plane, its scale and the mean row of outliers."""
+        outliers = 0 if self._outliers is None else self._outliers.num_bytes
+        return (self._planes.bytes_read(self._planes.max_bits) + outliers) // self._planes.out_features
 
 
 class FloatEmbedding:

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from taper.kernels import Activations, Planes, prepare, prepare_swiglu, rms_norm, swiglu
+from taper.kernels import Activations, Outliers, Planes, prepare, prepare_swiglu, rms_norm, swiglu
 
 F32 = npt.NDArray[np.float32]
 
@@ -65,17 +65,29 @@ class Linear(Protocol):
 class PlanedLinear:
     """A matrix as nested bit planes, multiplied in integers with int8 activations (docs/numerics.md)."""
 
-    def __init__(self, planes: Planes, rotation: Rotation, before: Before = None) -> None:
+    def __init__(
+        self, planes: Planes, rotation: Rotation, before: Before = None, outliers: Outliers | None = None
+    ) -> None:
         self.in_features = planes.in_features
         self.out_features = planes.out_features
-        self.bytes_read = planes.bytes_read
+        self._planes_bytes = planes.bytes_read
+        self._matmul = planes.matmul
         self.product_input = _product_input(before)
         self._prepare = _preparation(planes.cols, rotation, before)
-        self._matmul = planes.matmul
+        self._outliers = outliers
 
     def __call__(self, x: F32, bits: int, residual: F32 | None = None) -> F32:
         """See `Linear`; `bits` is within the planes' min_bits..max_bits."""
-        return self._matmul(self._prepare(x), bits, residual)
+        activations = self._prepare(x)
+        y = self._matmul(activations, bits, residual)
+        if self._outliers is not None:
+            self._outliers.add_product(activations, y)
+        return y
+
+    def bytes_read(self, bits: int) -> int:
+        """See `Linear`: planes, row scales and outliers."""
+        outliers = 0 if self._outliers is None else self._outliers.num_bytes
+        return self._planes_bytes(bits) + outliers
 
 
 class FloatLinear:

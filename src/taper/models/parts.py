@@ -13,7 +13,7 @@ from taper.formats.container import TaperFile
 from taper.formats.huggingface import HfCheckpoint
 from taper.formats.sensitivity import Sensitivity
 from taper.formats.spec import MatrixSpec
-from taper.kernels import Planes
+from taper.kernels import Outliers, Planes
 from taper.layers.attention import Attention
 from taper.layers.embedding import Embedding, FloatEmbedding, PlanedEmbedding
 from taper.layers.linear import Before, FloatLinear, Linear, Norm, PlanedLinear, Rotation, Swiglu
@@ -69,7 +69,8 @@ def planed_parts(file: TaperFile, ceilings: Mapping[str, int] | None = None) -> 
     matrices = {spec.name: _planes(file, spec.name, spec.width_at(file.max_bits)) for spec in specs}
 
     def linear(name: str, before: Before) -> Linear:
-        return PlanedLinear(*matrices[name], before)
+        planes, rotation, outliers = matrices[name]
+        return PlanedLinear(planes, rotation, before, outliers)
 
     head_name = "embed" if config.tie_word_embeddings else "head"
     return Parts(
@@ -126,7 +127,7 @@ def _blocks(config: ModelConfig, linear: Callable[[str, Before], Linear]) -> tup
     )
 
 
-def _planes(file: TaperFile, name: str, width: int) -> tuple[Planes, Rotation]:
+def _planes(file: TaperFile, name: str, width: int) -> tuple[Planes, Rotation, Outliers | None]:
     matrix = file.matrix(name)
     levels = range(file.min_bits, width + 1)
     planes = Planes(
@@ -137,4 +138,7 @@ def _planes(file: TaperFile, name: str, width: int) -> tuple[Planes, Rotation]:
         bias=matrix.bias,
         in_features=matrix.spec.in_features,
     )
-    return planes, Rotation(matrix.signs, matrix.block)
+    outliers = None
+    if (kept := matrix.outliers) is not None:
+        outliers = Outliers(kept.starts, kept.columns, kept.values, matrix.spec.in_features)
+    return planes, Rotation(matrix.signs, matrix.block), outliers
