@@ -1,29 +1,55 @@
-"""`taper eval`: perplexity of several widths of one file, each protocol labelled with its numbers."""
+"""`taper eval`: perplexity, KL divergence, generation agreement and tasks, at several widths of a file."""
 
 from __future__ import annotations
 
-import dataclasses
+import datetime
 import json
-from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from taper.cli.options import WidthList, json_option, model_path, set_threads, threads_option
-from taper.cli.terminal import progress_bar, table
+from taper.cli.evaluation import (
+    PROTOCOLS,
+    Evaluation,
+    as_record,
+    as_text,
+    draw,
+    in_blocks,
+    store_card,
+)
+from taper.cli.options import WidthList, model_path, set_threads, threads_option
+from taper.cli.terminal import progress_bar
+from taper.errors import UsageError
 
 if TYPE_CHECKING:
-    from taper.evaluate import PerplexityReport, WidthResult
+    from taper.evaluate.choices import TaskReport
+    from taper.evaluate.generation import GenerationReport
 
-# Names on the command line to those of taper.evaluate.
-PROTOCOLS = {"windows": ("llama.cpp",), "blocks": ("blocks",), "both": ("llama.cpp", "blocks")}
-FLOAT_BITS = 32
+_STDOUT = "-"
+
+
+@dataclass(frozen=True, slots=True)
+class EvalOptions:
+    """What the command line asks for."""
+
+    model: Path
+    others: tuple[str, ...]
+    text: str | None
+    bits: tuple[float, ...] | None
+    protocol: str
+    against: str | None
+    max_blocks: int | None
+    tasks: tuple[str, ...]
+    max_items: int | None
+    generation: int | None
 
 
 @click.command("eval")
 @click.argument("model", required=False)
-@click.option("--text", required=True, metavar="TEXT", help="Held-out text, .txt or .txt.xz.")
-@click.option("--bits", type=WidthList(), help="Widths to measure; default: all in the file.")
+@click.option("--text", metavar="TEXT", help="Held-out text, .txt or .txt.xz.")
+@click.option("--bits", type=WidthList(), help="Widths to measure, as in 4,3.3,2; default: all whole ones.")
 @click.option(
     "--protocol",
     type=click.Choice(list(PROTOCOLS)),
@@ -34,80 +60,158 @@ FLOAT_BITS = 32
 @click.option(
     "--against", metavar="HF_DIR", help="Float checkpoint to compare with: increase, KL, agreement."
 )
+@click.option("--max-blocks", type=click.IntRange(1), metavar="N", help="Only the first N blocks of TEXT.")
+@click.option("--tasks", metavar="FILE,...", help="Multiple-choice files, .jsonl (docs/evaluation.md).")
+@click.option("--max-items", type=click.IntRange(1), metavar="N", help="N items of each task, evenly spaced.")
 @click.option(
-    "--max-blocks", type=click.IntRange(1), metavar="N", help="Only the first N blocks of the text."
+    "--generation",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Compare greedy continuations of N prompts from TEXT with the float model's.",
+)
+@click.option(
+    "--also",
+    multiple=True,
+    metavar="FILE",
+    help="Another file at the same widths on the same text; repeatable.",
+)
+@click.option("--plot", "png", metavar="OUT.png", help="Draw KL against bytes (needs the extra plots).")
+@click.option("--write-card", is_flag=True, help="Store the figures as MODEL's quality card.")
+@click.option(
+    "--json",
+    "json_out",
+    is_flag=False,
+    flag_value=_STDOUT,
+    metavar="[OUT]",
+    help="Write JSON to OUT; without OUT, print it instead of text.",
 )
 @threads_option
-@json_option
 def command(
     model: str | None,
-    text: str,
-    bits: tuple[int, ...] | None,
+    text: str | None,
+    bits: tuple[float, ...] | None,
     protocol: str,
     against: str | None,
     max_blocks: int | None,
+    tasks: str | None,
+    max_items: int | None,
+    generation: int | None,
+    also: tuple[str, ...],
+    png: str | None,
+    write_card: bool,
+    json_out: str | None,
     threads: int | None,
-    as_json: bool,
 ) -> None:
-    """Measure the perplexity of MODEL (a .taper file or a Hugging Face folder; default: the one in the
-    package)."""
+    """Measure MODEL (a .taper file or a Hugging Face folder; default: the one in the package).
+
+    With --text: perplexity, and with --against its increase, KL divergence and agreement, each with its
+    standard error. With --tasks: accuracy by log-likelihood.
+    """
+    set_threads(threads)
+    names = tuple(name for name in (tasks or "").split(",") if name)
+    options = EvalOptions(
+        model_path(model), also, text, bits, protocol, against, max_blocks, names, max_items, generation
+    )
+    _check(options, png, write_card)
+    found = _evaluate(options)
+    if write_card:
+        store_card(found, options.model, Path(options.text or "").name)
+    if png is not None:
+        draw(found, png)
+    if json_out != _STDOUT:
+        click.echo(as_text(found))
+    if json_out is not None:
+        line = json.dumps(as_record(found))
+        if json_out == _STDOUT:
+            click.echo(line)
+        else:
+            _write_text(json_out, line + "\n")
+
+
+def _check(options: EvalOptions, png: str | None, write_card: bool) -> None:
+    """Refuse what cannot be done before hours of measuring."""
+    if options.text is None and not options.tasks:
+        raise UsageError("nothing to measure: neither --text nor --tasks", hint="add --text TEXT")
+    for name, is_asked in (("--plot", png is not None), ("--write-card", write_card),
+                           ("--generation", options.generation is not None)):  # fmt: skip
+        if is_asked and (options.text is None or options.against is None):
+            raise UsageError(f"{name} needs --text and --against", hint="add the missing one")
+    if write_card and (len(PROTOCOLS[options.protocol]) > 1 or options.model.is_dir()):
+        raise UsageError(
+            "--write-card takes one protocol and a .taper file", hint="choose --protocol windows or blocks"
+        )
+    if png is not None and not Path(png).resolve().parent.is_dir():
+        raise UsageError(f"folder {Path(png).parent} does not exist", hint="make it first")
+
+
+def _evaluate(options: EvalOptions) -> Evaluation:
+    """Run everything that was asked for."""
     from taper.evaluate import measure_perplexity
 
-    set_threads(threads)
-    path = model_path(model)
+    files = [options.model, *map(Path, options.others)]
     reports = []
-    for name in PROTOCOLS[protocol]:
-        with progress_bar(name) as update:
-            reports.append(
-                measure_perplexity(
-                    path,
-                    text,
-                    bits=bits,
-                    protocol=name,
-                    against=against,
-                    max_blocks=max_blocks,
-                    progress=_in_blocks(update),
-                )
-            )
-    if as_json:
-        results = [dataclasses.asdict(report) for report in reports]
-        click.echo(json.dumps({"model": str(path), "text": text, "reports": results}))
-    else:
-        click.echo("\n\n".join(_text(report) for report in reports))
+    if options.text is not None:
+        for file in files:
+            for name in PROTOCOLS[options.protocol]:
+                with progress_bar(f"{file.name} {name}") as update:
+                    report = measure_perplexity(
+                        file,
+                        options.text,
+                        bits=options.bits,
+                        protocol=name,
+                        against=options.against,
+                        max_blocks=options.max_blocks,
+                        progress=in_blocks(update),
+                    )
+                reports.append((file, report))
+    return Evaluation(
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        model=options.model,
+        text=options.text,
+        against=options.against,
+        reports=tuple(reports),
+        tasks=tuple(_tasks(options)),
+        generation=_generation(options),
+    )
 
 
-def _in_blocks(update: Callable[[str, float, float | None], None]) -> Callable[[int, int, float], None]:
-    """Translate taper.evaluate's progress to the bar's."""
-    return lambda done, total, left_s: update(f"block {done} of {total}", done / total, left_s)
+def _tasks(options: EvalOptions) -> list[TaskReport]:
+    if not options.tasks:
+        return []
+    from taper.evaluate.choices import measure_tasks
+    from taper.evaluate.tasks import read_task
+
+    tasks = [read_task(path, options.max_items) for path in options.tasks]
+    with progress_bar("tasks") as update:
+        return measure_tasks(
+            options.model,
+            tasks,
+            bits=options.bits,
+            against=options.against,
+            progress=lambda what, done: update(what, done, None),
+        )
 
 
-def _text(report: PerplexityReport) -> str:
-    header = ["bits", "perplexity", "+-", "bits/byte"]
-    has_reference = any(result.increase_frac is not None for result in report.results)
-    if has_reference:
-        header += ["increase", "+-", "top-1", "KL (nats)"]
-    rows = [_row(result, has_reference) for result in report.results]
-    scored = f"{report.num_blocks} blocks, {report.num_scored:,} tokens scored"
-    return f"{report.label}: {scored}\n{table(header, rows)}"
+def _generation(options: EvalOptions) -> GenerationReport | None:
+    if options.generation is None:
+        return None
+    from taper.evaluate.generation import measure_generation
+
+    assert options.text is not None
+    assert options.against is not None
+    with progress_bar("generation") as update:
+        return measure_generation(
+            options.model,
+            options.text,
+            options.against,
+            num_prompts=options.generation,
+            bits=options.bits,
+            progress=lambda what, done: update(what, done, None),
+        )
 
 
-def _row(result: WidthResult, has_reference: bool) -> list[str]:
-    name = "float" if result.bits == FLOAT_BITS else str(result.bits)
-    cells = [
-        name,
-        f"{result.perplexity:.4f}",
-        _optional(result.standard_error, "{:.4f}"),
-        f"{result.bits_per_byte:.4f}",
-    ]
-    if has_reference:
-        cells += [
-            _optional(result.increase_frac, "{:+.2%}"),
-            _optional(result.increase_standard_error, "{:.2%}"),
-            _optional(result.top1_agreement, "{:.2%}"),
-            _optional(result.mean_kl, "{:.5f}"),
-        ]
-    return cells
-
-
-def _optional(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)
+def _write_text(path: str, text: str) -> None:
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}", hint="choose another place") from error
