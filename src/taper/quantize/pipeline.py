@@ -139,6 +139,7 @@ def quantize(
         raise UsageError(
             f"{out} is a folder or lies in no folder", hint="name a file in a folder that exists"
         )
+    _check_budget(options)
     checkpoint = HfCheckpoint.open(hf_dir)
     codebook = gaussian_codebook(*options.bits)
     given = None
@@ -168,6 +169,16 @@ def quantize(
     errors = {spec.name: shards.errors(spec.name) for spec in job.specs}
     shards.remove()
     return QuantizeReport(out, tokens.size, errors, time.perf_counter() - begin)
+
+
+def _check_budget(options: QuantizeOptions) -> None:
+    """Refuse before hours of work what no allocation can give."""
+    asked = None if options.budget is None else options.budget.bits_per_weight
+    low, high = options.bits
+    if asked is not None and not low <= asked <= high:
+        raise UsageError(
+            f"{asked:g} bits per weight are outside {low}..{high}", hint="choose other bits, or other planes"
+        )
 
 
 def _own_tokens(
