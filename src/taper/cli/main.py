@@ -22,7 +22,8 @@ COMMANDS = {
     "quantize": "Turn a Hugging Face checkpoint into a .taper file.",
     "allocate": "Spend bits where they help most.",
     "inspect": "Show what a .taper file holds.",
-    "eval": "Measure perplexity at several widths.",
+    "eval": "Measure quality at several widths.",
+    "recommend": "Say which bits fit a memory or a loss.",
     "bench": "Measure prefill and decode speed.",
 }
 
