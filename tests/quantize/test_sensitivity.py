@@ -65,12 +65,15 @@ def test_figures_are_those_of_whole_passes_with_one_matrix_cut(file: TaperFile) 
     reference = distributions(Decoder.from_taper(file), MAX_BITS)
     assert list(found.kl) == [spec.name for spec in file.matrices]
     for name, row in found.kl.items():
-        for bits in (2, 4):
-            whole = divergence(reference, distributions(Decoder.from_taper(file, {name: bits}), MAX_BITS))
-            # Log-probabilities of at most 16 in float32, 300 of them weighed by probabilities: 16 * 2**-24
-            # each, and as much again from the sums.
-            assert row[bits - MIN_BITS] == pytest.approx(whole, rel=1e-4, abs=4e-6)
-        assert row[0] > row[2] > 0 == row[-1]
+        whole = {
+            bits: divergence(reference, distributions(Decoder.from_taper(file, {name: bits}), MAX_BITS))
+            for bits in (2, 4)
+        }
+        # Log-probabilities of at most 16 in float32, 300 of them weighed by probabilities: 16 * 2**-24 each,
+        # and as much again from the sums. The difference is free of the floor.
+        assert row[0] - row[2] == pytest.approx(whole[2] - whole[4], rel=1e-4, abs=4e-6)
+        assert row[0] <= whole[2] + 4e-6
+        assert row[0] > row[1] > row[2] > 0 == row[-1]
     assert (found.reference, found.text, found.num_tokens) == ("5 bits", "text", TOKENS.size)
 
 
@@ -97,6 +100,14 @@ def test_unmeasured_widths_follow_the_relative_errors(file: TaperFile) -> None:
     assert plain[0] > 2 * plain[1] > 4 * plain[2] > 0 == plain[3]
 
 
+def test_what_any_change_costs_is_taken_off() -> None:
+    errors = {2: 0.1, 3: 0.04, 4: 0.01, 5: 0.0}
+    measured = {2: 0.3 + 0.002, 4: 0.03 + 0.002}
+    assert measuring._floor(measured, errors) == pytest.approx(0.002)
+    assert measuring._floor({2: 0.302}, errors) == 0.0
+    assert measuring._floor({2: 0.001, 4: 0.003}, errors) == 0.003  # noise alone
+
+
 def test_found_matrices_are_not_measured_again(file: TaperFile, monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[dict[str, dict[int, float]]] = []
     whole = measure_sensitivity(file, TOKENS, (2,), "text", on_matrix=lambda rows: kept.append(dict(rows)))
@@ -120,7 +131,7 @@ def test_a_large_model_is_measured_at_few_widths(tmp_path: Path, file: TaperFile
         num_weights = 1_100_000_000
 
     plan = default_plan(Large())  # type: ignore[arg-type]
-    assert plan.bits == (2,)
+    assert plan.bits == (2, 7)
     assert plan.num_tokens == 128
 
 
