@@ -200,6 +200,7 @@ def record(arguments: argparse.Namespace, measured: Measured) -> dict[str, Any]:
         "calibration": Path(arguments.calibration).name,
         "calibration_tokens": arguments.calibration_tokens,
         "blocks": "evenly spaced, no random choice",
+        "seed": file.provenance.get("seed"),
         "label": measured.label,
         "num_blocks": measured.num_blocks,
         "num_scored": measured.num_scored,
