@@ -3,7 +3,7 @@
     python tools/train/card.py --work WORK --hf WORK/hf-final --file src/taper/assets/taper-tiny.taper \
         --text NAME=held-out.txt --text NAME=other.txt > src/taper/assets/MODEL_CARD.md
 
-Runs `taper eval FILE --against HF` for each text and both protocols; needs no torch.
+The figures of `taper eval FILE --against HF` for each text and both protocols; needs no torch.
 """
 
 from __future__ import annotations
@@ -11,38 +11,41 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from taper.cli.card import with_error
+from taper.evaluate import PROTOCOLS, PerplexityReport, measure_perplexity
 from taper.formats.container import TaperFile
+from taper.models.parts import FLOAT_BITS
 
 
-def evaluate(options: argparse.Namespace, text: Path, protocol: str, bits: list[int]) -> dict[str, Any]:
-    """One report of `taper eval --json`."""
-    command = [sys.executable, "-m", "taper", "eval", str(options.file), "--text", str(text), "--json"]
-    command += ["--bits", ",".join(map(str, bits)), "--protocol", protocol, "--against", str(options.hf)]
-    command += ["--max-blocks", str(options.max_blocks)]
+def evaluate(options: argparse.Namespace, text: Path, protocol: str) -> PerplexityReport:
+    """One report of `taper.evaluate`, every width and the float checkpoint."""
     print(f"evaluating {text.name}, {protocol}", file=sys.stderr, flush=True)
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    report: dict[str, Any] = json.loads(done.stdout)["reports"][0]
-    return report
+    return measure_perplexity(
+        options.file, text, protocol=protocol, against=options.hf, max_blocks=options.max_blocks
+    )
 
 
-def table(report: dict[str, Any]) -> list[str]:
-    """Markdown rows, the float checkpoint first."""
+def table(report: PerplexityReport) -> list[str]:
+    """Markdown rows, the float checkpoint first; after ± one standard error."""
     lines = [
-        "| bits | perplexity | bits/byte | increase | top-1 | mean KL (nats) |",
-        "|---|---|---|---|---|---|",
+        "| bits | perplexity | bits/byte | increase | top-1 | mean KL (nats) | median | 99.9 % |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for row in report["results"]:
-        cells = [f"{row['perplexity']:.4f} ± {row['standard_error']:.2f}", f"{row['bits_per_byte']:.4f}"]
-        if row["increase_frac"] is None:
-            lines.append(f"| float | {' | '.join(cells)} | | | |")
-            continue
-        cells += [f"{row['increase_frac']:+.2%}", f"{row['top1_agreement']:.2%}", f"{row['mean_kl']:.5f}"]
-        lines.append(f"| {row['bits']} | {' | '.join(cells)} |")
+    for row in report.results:
+        cells = [with_error(row.perplexity, row.standard_error, ".2f"), f"{row.bits_per_byte:.4f}"]
+        cells += [
+            with_error(row.increase_frac, row.increase_standard_error, "+.2%"),
+            with_error(row.top1_agreement, row.top1_standard_error, ".2%"),
+            with_error(row.mean_kl, row.mean_kl_standard_error, ".5f"),
+            with_error(row.median_kl, row.median_kl_standard_error, ".5f"),
+            with_error(row.p999_kl, row.p999_kl_standard_error, ".3f"),
+        ]
+        name = "float" if row.bits == FLOAT_BITS else f"{row.bits:g}"
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 
@@ -84,11 +87,11 @@ def card(options: argparse.Namespace) -> list[str]:
     ]
     for word in options.text:
         name, _, path = word.partition("=")
-        for protocol in ("windows", "blocks"):
-            report = evaluate(options, Path(path), protocol, bits)
+        for protocol in PROTOCOLS:
+            report = evaluate(options, Path(path), protocol)
             lines += [
                 "",
-                f"### {name}: {report['label']}; {report['num_scored']:,} tokens",
+                f"### {name}: {report.label}; {report.num_scored:,} tokens",
                 "",
                 *table(report),
             ]
