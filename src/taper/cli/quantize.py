@@ -8,10 +8,14 @@ import click
 
 from taper.cli.options import FILE_SIZE, set_threads, threads_option
 from taper.cli.terminal import file_size, progress_bar
-from taper.errors import UsageError
+from taper.errors import DoesNotFitError, UsageError
 
 if TYPE_CHECKING:
     from taper.quantize.pipeline import Progress
+
+
+# Left in the header for the card, where the file's size is given: seven widths take 5 KB.
+CARD_BYTES = 8192
 
 
 @click.command("quantize")
@@ -80,7 +84,8 @@ def command(
     if bits_per_weight is not None or target_size is not None:
         if no_sensitivity:
             raise UsageError("a budget is spent by the sensitivity", hint="leave --no-sensitivity out")
-        budget = Budget(bits_per_weight, target_size)
+        reserved = CARD_BYTES if has_card and target_size is not None else 0
+        budget = Budget(bits_per_weight, target_size, reserved)
     options = QuantizeOptions(
         bits=parse_widths(bits), seed=seed, sensitivity=not no_sensitivity, budget=budget
     )
@@ -95,6 +100,12 @@ def command(
         result = quantize(
             hf_dir, out, calibration=calibration, options=options, progress=report, after_write=after_write
         )
-    size = file_size(Path(out).stat().st_size)
+    num_bytes = Path(out).stat().st_size
+    if target_size is not None and num_bytes > target_size:
+        raise DoesNotFitError(
+            f"{out} takes {num_bytes:,} bytes with its quality card, more than {target_size:,}",
+            hint="leave the card out: --no-card",
+        )
+    size = file_size(num_bytes)
     tokens = f"{result.calibration_tokens:,} calibration tokens"
     click.echo(f"{out}: {size}, {bits} bits, {tokens}, {result.seconds:.0f} s")

@@ -70,14 +70,17 @@ def write_taper(
     _write_file(path, header, entries, _arrays(header, source, small))
 
 
-def described_bytes(header: TaperHeader, scale_rows: Mapping[str, int]) -> int:
+def described_bytes(
+    header: TaperHeader, scale_rows: Mapping[str, int], num_outliers: Mapping[str, int] | None = None
+) -> int:
     """Size of the file that `write_taper` makes of this header.
 
     Args:
         header: everything that is no tensor.
         scale_rows: matrix name to rows of its scales.
+        num_outliers: matrix name to its outliers, of the matrices that have some.
     """
-    entries = layout(header, scale_rows)
+    entries = layout(header, scale_rows, num_outliers)
     return _data_begin(header, entries) + entries[-1].end
 
 

@@ -23,10 +23,12 @@ class Budget:
     Attributes:
         bits_per_weight: planes over weights, embedding and head included.
         target_bytes: the whole file: header, tokenizer, scales and planes.
+        reserved_bytes: of the target, left for a quality card that is written later.
     """
 
     bits_per_weight: float | None = None
     target_bytes: int | None = None
+    reserved_bytes: int = 0
 
     def __post_init__(self) -> None:
         if (self.bits_per_weight is None) == (self.target_bytes is None):
@@ -133,8 +135,9 @@ class Shrinker:
         """The header's length follows the widths in a way of its own, so the planes' budget starts at what
         the least file leaves and shrinks by what the result is too large, until it is not.
         """
-        target, file = self._budget.target_bytes, self._file
-        assert target is not None
+        file = self._file
+        assert self._budget.target_bytes is not None
+        target = self._budget.target_bytes - self._budget.reserved_bytes
         least = {spec.name: file.min_bits for spec in file.matrices}
         least_bytes = self._file_bytes(least)
         if least_bytes > target:
@@ -163,7 +166,9 @@ class Shrinker:
             name: min(len(self._file.tensor(f"{name}.scales")), bits - self._file.min_bits + 1)
             for name, bits in widths.items()
         }
-        return described_bytes(self._header(widths), rows)
+        outliers = {name: self._file.matrix(name).outliers for name in widths}
+        counts = {name: len(found.columns) for name, found in outliers.items() if found is not None}
+        return described_bytes(self._header(widths), rows, counts)
 
     def _header(self, widths: Mapping[str, int]) -> TaperHeader:
         old, low, high = self._file.header, self._file.min_bits, max(widths.values())
