@@ -152,41 +152,31 @@ def paired(
 ) -> Measured:
     """The report's results as rows; its order is reference, F32 check, files, readings."""
     reference, check, *results = report.results
+    check_float(check)
+
+    def point(name: str, num_bytes: int, file_bytes: int, result: WidthResult) -> Point:
+        return Point(name, num_bytes, file_bytes, 8 * num_bytes / num_weights, result)
+
+    theirs = [
+        (file.format, point(file.name, file.num_bytes, file.path.stat().st_size, result))
+        for file, result in zip(files, results[: len(files)], strict=True)
+    ]
+    points = {
+        id(reading): point(f"{reading.bits:g}", reading.num_bytes, reading.file_bytes, result)
+        for reading, result in zip(readings, results[len(files) :], strict=True)
+    }
+    measured = rows(theirs, [None if reading is None else points[id(reading)] for reading in fitting])
+    counts = (report.num_blocks, report.num_scored)
+    return Measured(peer, report.label, *counts, reference, check, measured, list(points.values()))
+
+
+def check_float(check: WidthResult) -> None:
+    """Refuse to compare anything where llama.cpp's float model is not ours."""
     if check.mean_kl is None or check.mean_kl > MAX_FLOAT_KL or check.top1_agreement != 1.0:
         raise BenchmarkError(
             f"llama.cpp's F32 model is not the checkpoint: KL {check.mean_kl}, top-1 {check.top1_agreement}; "
             f"at most {MAX_FLOAT_KL:g} and 1.0 are allowed, so nothing can be compared"
         )
-    theirs = [
-        (
-            file.format,
-            Point(
-                file.name, file.num_bytes, file.path.stat().st_size, 8 * file.num_bytes / num_weights, result
-            ),
-        )
-        for file, result in zip(files, results[: len(files)], strict=True)
-    ]
-    points = {
-        id(reading): Point(
-            f"{reading.bits:g}",
-            reading.num_bytes,
-            reading.file_bytes,
-            8 * reading.num_bytes / num_weights,
-            result,
-        )
-        for reading, result in zip(readings, results[len(files) :], strict=True)
-    }
-    ours = [None if reading is None else points[id(reading)] for reading in fitting]
-    return Measured(
-        peer,
-        report.label,
-        report.num_blocks,
-        report.num_scored,
-        reference,
-        check,
-        rows(theirs, ours),
-        list(points.values()),
-    )
 
 
 def record(arguments: argparse.Namespace, measured: Measured) -> dict[str, Any]:

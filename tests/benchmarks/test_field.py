@@ -9,6 +9,7 @@ import gguf_models
 import numpy as np
 import pytest
 from common import BenchmarkError
+from field import check_float, check_source
 from field_report import Point, Row, rows, summary, table
 from peer_models import variants
 from readings import OurFile, budgets, largest_fitting, reading_bytes
@@ -194,3 +195,15 @@ def test_summary_counts_each_format_at_its_better_variant():
     lines = table(measured).splitlines()
     assert len({line.count("|") for line in lines}) == 1
     assert "**Q4_0 imatrix**" in lines[3]
+
+
+def test_a_file_of_another_checkpoint_is_refused(tmp_path: Path, source: HfCheckpoint):
+    with pytest.raises(BenchmarkError, match="was made from the checkpoint"):
+        check_source(TaperFile.open(tiny_taper(tmp_path / "tiny.taper")), source)
+
+
+def test_nothing_is_compared_when_the_float_models_differ():
+    check_float(point(1e-8, 1.0).result)
+    for wrong in (point(1e-6, 1.0), point(1e-8, 0.99)):
+        with pytest.raises(BenchmarkError, match="nothing can be compared"):
+            check_float(wrong.result)
