@@ -32,8 +32,9 @@ Rows = dict[str, dict[int, float]]
 PASSAGE_TOKENS = 256
 MAX_TOKENS = 1024
 _MIN_TOKENS = 128
-# Multiply-adds that the measurement may take, about a minute on two cores. The embedded model measures all
-# its widths over 1024 tokens; a model of 1.1 B weights one width over 128 tokens.
+# Multiply-adds that the measurement may take, about a minute on two cores. The embedded model, three widths
+# over 1024 tokens, takes a fifth of it; a model of 1.1 B weights, one width over 128 tokens, five times as
+# much.
 _MAX_WORK = 2e12
 # Logits of the reference that are held, in elements: 256 MiB of float32.
 _MAX_LOGITS = 1 << 26
@@ -54,8 +55,7 @@ class Plan:
 
 
 def default_plan(file: TaperFile) -> Plan:
-    """The two least widths and the largest one below all planes; of a large model one of the least, fewer
-    tokens.
+    """The two least widths and the largest one below all planes; of a large model fewer, over fewer tokens.
 
     The largest one shows what any change costs, however small (`_floor`).
     """
@@ -63,10 +63,10 @@ def default_plan(file: TaperFile) -> Plan:
     work_per_token = len(file.matrices) * file.num_weights / 2
     most = min(MAX_TOKENS, _MAX_LOGITS // file.config.vocab_size)
     low, high = file.min_bits, file.max_bits - 1
-    for widths in ({low, low + 1, high}, {low, high}):
+    for widths, least in (({low, low + 1, high}, 2 * _MIN_TOKENS), ({low, high}, _MIN_TOKENS), ({low}, 0)):
         bits = tuple(sorted(width for width in widths if low <= width <= high))
         num_tokens = min(most, int(_MAX_WORK / (work_per_token * max(1, len(bits)))))
-        if num_tokens >= 2 * _MIN_TOKENS:
+        if num_tokens >= least:
             break
     return Plan(max(num_tokens, _MIN_TOKENS), bits)
 
