@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 
 from taper.formats.huggingface import HfCheckpoint
+from taper.models import Decoder
 from taper.quantize.calibrate import sample_tokens
-from taper.quantize.heldout import held_out_passages, spaced_passages
+from taper.quantize.heldout import ReferenceRun, held_out_passages, spaced_passages
 from taper.testing.tiny import tiny_hf_dir, tiny_tokenizer_json
 from taper.tokenizer import Tokenizer
 
@@ -46,3 +50,17 @@ def test_passages_of_another_text_span_it(checkpoint: HfCheckpoint) -> None:
     passages = spaced_passages(checkpoint, text, 4)
     assert [text.startswith(passages[0]), text.endswith(passages[-1]), len(passages)] == [True, True, 4]
     assert spaced_passages(checkpoint, "short", 4) == ["short"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_reference_logits_are_those_of_the_float_decoder(tmp_path: Path, tied: bool) -> None:
+    checkpoint = HfCheckpoint.open(tiny_hf_dir(tmp_path / "hf", tie_word_embeddings=tied))
+    tokens = np.random.default_rng(0).integers(0, 300, (3, 40)).astype(np.int32)
+    found = ReferenceRun(checkpoint, tokens).logits(21)
+    assert (found.shape, found.dtype) == ((3, 19, 300), np.float32)
+    decoder = Decoder.from_hf(checkpoint)
+    for block, rows in zip(tokens, found, strict=True):
+        expected = decoder.forward(block, decoder.new_cache(40), 32, logits="all")
+        assert expected is not None
+        # Two float32 products of the same numbers in another order, through two layers: some 1e-6 each.
+        np.testing.assert_allclose(rows, expected[20:39], rtol=1e-4, atol=1e-4)

@@ -24,11 +24,11 @@ def card_step(
     """
 
     def step(out: Path) -> None:
-        from taper.evaluate.card import measure_card, num_card_blocks, write_card
+        from taper.evaluate.card import card_blocks, measure_card, num_card_blocks, write_card
         from taper.formats.container import TaperFile
         from taper.formats.huggingface import HfCheckpoint
         from taper.formats.text import read_text
-        from taper.quantize.heldout import held_out_passages, spaced_passages
+        from taper.quantize.heldout import ReferenceRun, held_out_passages, spaced_passages
 
         text = card_text or calibration
         if text is None:
@@ -44,11 +44,14 @@ def card_step(
         if not passages:
             note(SKIPPED.format("calibration reads the whole text"))
             return
+        blocks = card_blocks(out, passages)
         with progress_bar("card") as update:
+            update("float model", 0.0, None)
             card = measure_card(
                 out,
-                hf_dir,
-                passages,
+                blocks,
+                ReferenceRun(checkpoint, blocks.tokens).logits(blocks.first_scored),
+                against=hf_dir,
                 text_name=Path(text).name if card_text else f"{Path(text).name}, not calibrated on",
                 progress=lambda done, total, left_s: update(f"block {done} of {total}", done / total, left_s),
             )

@@ -9,27 +9,32 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 import taper
 from taper.errors import UsageError
 from taper.evaluate.perplexity import (
     PerplexityReport,
     Reader,
+    StoredReader,
     WidthResult,
-    check_vocabularies,
     checked_widths,
     measure_blocks,
     open_model,
 )
-from taper.evaluate.protocols import passage_blocks
+from taper.evaluate.protocols import Blocks, passage_blocks
 from taper.formats.container import TaperFile
 from taper.formats.writer import rewrite_header
 from taper.models import Decoder
 from taper.models.parts import FLOAT_BITS
 
-# Multiply-accumulates that a card made by `taper quantize` may take: a few minutes on two cores at the 1.1 B
-# shape (4 blocks at 7 widths), half a minute at 7 M (all 16).
-_CARD_MACS = 2e13
-_MIN_BLOCKS, _MAX_BLOCKS = 4, 16
+Float32 = npt.NDArray[np.float32]
+
+# Multiply-accumulates that a card made by `taper quantize` may take: minutes on two cores at the 1.1 B shape
+# (2 blocks at 7 widths and in float: 9e12, planes at 30e9 a second, float at 8e9), half a minute at 7 M (16).
+_CARD_MACS = 5e12
+_MIN_BLOCKS, _MAX_BLOCKS = 2, 16
 _BLOCK_TOKENS = 512
 # The card holds what was measured to this many digits: less than any error, and a third of the bytes.
 _DIGITS = 6
@@ -37,40 +42,55 @@ _DIGITS = 6
 _MAX_WRITINGS = 4
 
 
+def card_blocks(model: str | Path, passages: Sequence[str]) -> Blocks:
+    """The blocks that a card is measured on: one 512-token window of each passage.
+
+    Args:
+        model: the `.taper` file.
+        passages: texts that calibration did not read, each of a block's length or more.
+
+    Raises:
+        UsageError: no passage holds a block, or the model has no tokenizer.
+    """
+    decoder, tokenizer = open_model(model)
+    return passage_blocks(passages, tokenizer, decoder.context_length)
+
+
 def measure_card(
     model: str | Path,
-    against: str | Path,
-    passages: Sequence[str],
+    blocks: Blocks,
+    reference_logits: Float32,
     *,
+    against: str | Path,
     text_name: str,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> dict[str, Any]:
-    """The card of every whole width of a file, over one 512-token block of each passage.
+    """The card of every whole width of a file.
 
-    Nothing of the moment is in it: the same file, checkpoint and passages give the same card. Its date is
-    that of SOURCE_DATE_EPOCH where that is set, else null.
+    Nothing of the moment is in it: the same file, checkpoint and blocks give the same card. Its date is that
+    of SOURCE_DATE_EPOCH where that is set, else null.
 
     Args:
         model: a whole `.taper` file.
-        against: the float checkpoint's folder.
-        passages: texts that calibration did not read, each of a block's length or more.
-        text_name: what to call them.
+        blocks: of `card_blocks`.
+        reference_logits: the float model's, float32 (blocks, scored, vocab).
+        against: the float checkpoint's folder; its name is kept.
+        text_name: what to call the text.
         progress: called as progress(blocks done, blocks in all, seconds left).
 
     Raises:
-        UsageError: no passage holds a block, or the models differ in vocabulary or have no tokenizer.
+        UsageError: SOURCE_DATE_EPOCH is no number.
     """
-    decoder, tokenizer = open_model(model)
-    reference, _ = open_model(against)
-    check_vocabularies(reference, decoder)
-    blocks = passage_blocks(passages, tokenizer, min(decoder.context_length, reference.context_length))
+    date = source_date()
+    decoder, _ = open_model(model)
+    reference = StoredReader(decoder, FLOAT_BITS, stored=reference_logits)
     readers = [Reader(decoder, width) for width in checked_widths(decoder, None)]
-    report = measure_blocks([Reader(reference, FLOAT_BITS), *readers], blocks, True, progress)
-    return card_of(report, decoder, against=against, text_name=text_name, date=source_date())
+    report = measure_blocks([reference, *readers], blocks, True, progress)
+    return card_of(report, decoder, against=against, text_name=text_name, date=date)
 
 
 def num_card_blocks(num_weights: int, num_widths: int) -> int:
-    """Blocks that `taper quantize` measures: as the work allows, 4 to 16 (1,020 to 4,080 scored tokens)."""
+    """Blocks that `taper quantize` measures: as the work allows, 2 to 16 (510 to 4,080 scored tokens)."""
     allowed = int(_CARD_MACS / (num_weights * _BLOCK_TOKENS * (num_widths + 1)))
     return max(_MIN_BLOCKS, min(_MAX_BLOCKS, allowed))
 

@@ -222,6 +222,32 @@ class Reader:
         )
 
 
+@dataclass(slots=True)
+class StoredReader(Reader):
+    """A reader whose logits were computed before; of its decoder only the vocabulary counts.
+
+    Attributes:
+        stored: float32 (blocks, scored, vocab), in the order of the blocks.
+    """
+
+    stored: Float32 = field(kw_only=True)
+    _row: int = 0
+
+    def start(self, block_tokens: int) -> None:
+        """Begin the next block."""
+        self.block_nll.append(0.0)
+        self._row = 0
+
+    def logits(self, tokens: Int32) -> Float32:
+        """The next rows of the block."""
+        block: Float32 = self.stored[len(self.block_nll) - 1]
+        self._row += len(tokens)
+        return block[self._row - len(tokens) : self._row]
+
+    def skip(self, tokens: Int32) -> None:
+        """Nothing is stored of what is not scored."""
+
+
 def _read_block(readers: Sequence[Reader], block: Int32, first_scored: int, has_reference: bool) -> None:
     """Score the tokens from `first_scored` on; their logits come from the positions before them."""
     for reader in readers:

@@ -1,12 +1,18 @@
-"""Passages of the calibration text that calibration does not read."""
+"""What the quality card is measured with: passages that calibration does not read, and float logits."""
 
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from taper.formats.huggingface import HfCheckpoint
+from taper.layers.linear import FloatLinear, Norm
 from taper.layers.rope import context_length
-from taper.quantize.calibrate import _CHARACTERS_PER_TOKEN, SEQUENCE_TOKENS
+from taper.models.families import read_final_norm, read_matrix
+from taper.models.parts import FLOAT_BITS
+from taper.quantize.calibrate import _CHARACTERS_PER_TOKEN, SEQUENCE_TOKENS, CalibrationRun
+
+Float32 = npt.NDArray[np.float32]
 
 
 def held_out_passages(
@@ -44,3 +50,18 @@ def spaced_passages(checkpoint: HfCheckpoint, text: str, num_passages: int) -> l
     count = max(1, min(num_passages, len(text) // window))
     starts = np.linspace(0, max(0, len(text) - window), count).astype(int)
     return [text[start : start + window] for start in starts]
+
+
+class ReferenceRun(CalibrationRun):
+    """The float model's logits, computed layer by layer: no more than one layer is held in float32."""
+
+    def logits(self, first: int) -> Float32:
+        """What predicts tokens `first` to the last: float32 (sequences, tokens - first, vocab)."""
+        for index in range(self._config.num_layers):
+            self.layer(index, observe=False)
+        head = "embed" if self._config.tie_word_embeddings else "head"
+        weight, bias = read_matrix(self._checkpoint, self._sources[head])
+        norm = Norm(self._config.rms_norm_eps, read_final_norm(self._checkpoint))
+        linear = FloatLinear(weight, bias, norm)
+        rows = [np.ascontiguousarray(hidden[first - 1 : -1]) for hidden in self._hidden_states()]
+        return np.stack([linear(x, FLOAT_BITS) for x in rows])
