@@ -19,11 +19,12 @@ constexpr std::align_val_t kAlignment{64};
 // 2048 elements take 1.4 us with norm and rotation (AVX-512).
 constexpr int64_t kPsPerElement = 700;
 
-unsigned char* allocate(int64_t tokens, int64_t cols) {
+unsigned char* allocate(int64_t tokens, int64_t cols, bool wide) {
   require(tokens >= 1, "activations have ", tokens, " rows, expected at least 1");
   require(cols >= 1 && cols % kColumnAlignment == 0, "activations have ", cols, " columns, expected a multiple of ",
           kColumnAlignment);
-  return static_cast<unsigned char*>(::operator new[](tokens*(cols + sizeof(float) + sizeof(int32_t)), kAlignment));
+  const int64_t parts = wide ? 2 : 1, bytes = tokens * (parts * (cols + sizeof(int32_t)) + sizeof(float));
+  return static_cast<unsigned char*>(::operator new[](bytes, kAlignment));
 }
 
 void check_prepare(int64_t n, const Rotation& rotation, int magnitude_bits, const Activations& out) {
@@ -31,6 +32,8 @@ void check_prepare(int64_t n, const Rotation& rotation, int magnitude_bits, cons
   require(padded_cols(n) == out.cols(), "cols is ", out.cols(), ", expected ", padded_cols(n), " for rows of ", n);
   require(magnitude_bits >= 1 && magnitude_bits <= kMaxMagnitudeBits, "magnitude_bits is ", magnitude_bits,
           ", expected 1..", kMaxMagnitudeBits);
+  require(out.wide() == (magnitude_bits > kNarrowMagnitudeBits), "magnitude_bits is ", magnitude_bits,
+          ", but the rows ", out.wide() ? "have" : "lack", " low parts");
   if (rotation.signs != nullptr) check_block(n, rotation.block);
 }
 
@@ -50,7 +53,7 @@ void for_each_token(int64_t n, const Rotation& rotation, int magnitude_bits, con
         table.rotate(row.data(), rotation.signs, n, rotation.block, false);
         ready = row.data();
       }
-      table.quantize(ready, n, out.cols(), magnitude_bits, out.q() + t * out.cols(), out.scale() + t, out.sum() + t);
+      table.quantize(ready, n, out.cols(), magnitude_bits, out.row(t));
     }
   });
 }
@@ -59,8 +62,8 @@ void for_each_token(int64_t n, const Rotation& rotation, int magnitude_bits, con
 
 void Activations::Free::operator()(unsigned char* memory) const { ::operator delete[](memory, kAlignment); }
 
-Activations::Activations(int64_t tokens, int64_t cols)
-    : tokens_(tokens), cols_(cols), memory_(allocate(tokens, cols)) {}
+Activations::Activations(int64_t tokens, int64_t cols, bool wide)
+    : tokens_(tokens), cols_(cols), wide_(wide), memory_(allocate(tokens, cols, wide)) {}
 
 void prepare(const float* x, int64_t n, const Norm& norm, const Rotation& rotation, int magnitude_bits,
              const Activations& out) {

@@ -1,4 +1,4 @@
-// Activations as int8 rows with one scale each, and what makes them.
+// Activations as int8 rows, or two int8 parts, with one scale each, and what makes them.
 #pragma once
 
 #include <cstdint>
@@ -8,20 +8,29 @@
 
 namespace taper {
 
-constexpr int kMaxMagnitudeBits = 7;  // sign and magnitude fit an int8
+constexpr int kNarrowMagnitudeBits = 7;  // sign and magnitude fit an int8
+constexpr int kMaxMagnitudeBits = 14;    // 2^14 - 1 = 256 * 64 - 1: both parts fit an int8
 
-// Owns tokens rows of cols int8 (64-byte aligned), and a scale and a sum for each.
+// Owns tokens rows of cols int8 (64-byte aligned), as many of low parts where it is wide, and a scale and sums for
+// each.
 class Activations {
  public:
   // Throws std::invalid_argument unless tokens >= 1 and cols is a positive multiple of 64.
-  Activations(int64_t tokens, int64_t cols);
+  Activations(int64_t tokens, int64_t cols, bool wide);
 
   int64_t tokens() const { return tokens_; }
   int64_t cols() const { return cols_; }
+  bool wide() const { return wide_; }
   int8_t* q() const { return reinterpret_cast<int8_t*>(memory_.get()); }
-  float* scale() const { return reinterpret_cast<float*>(memory_.get() + tokens_ * cols_); }
-  int32_t* sum() const { return reinterpret_cast<int32_t*>(memory_.get() + tokens_ * (cols_ + sizeof(float))); }
-  ActivationsView view() const { return {q(), scale(), sum(), tokens_}; }
+  int8_t* low() const { return wide_ ? q() + tokens_ * cols_ : nullptr; }
+  float* scale() const { return reinterpret_cast<float*>(memory_.get() + tokens_ * cols_ * (wide_ ? 2 : 1)); }
+  int32_t* sum() const { return reinterpret_cast<int32_t*>(scale() + tokens_); }
+  int32_t* low_sum() const { return wide_ ? sum() + tokens_ : nullptr; }
+  ActivationsView view() const { return {q(), scale(), sum(), tokens_, low(), low_sum()}; }
+  QuantizedRow row(int64_t token) const {
+    return {q() + token * cols_, scale() + token, sum() + token, wide_ ? low() + token * cols_ : nullptr,
+            wide_ ? low_sum() + token : nullptr};
+  }
 
  private:
   struct Free {
@@ -29,6 +38,7 @@ class Activations {
   };
   int64_t tokens_;
   int64_t cols_;
+  bool wide_;
   std::unique_ptr<unsigned char[], Free> memory_;
 };
 
@@ -43,7 +53,8 @@ struct Norm {
   float eps;
 };
 
-// For each row of x (tokens, n): norm, rotation, int8. Fills all of `out`, whose cols are n padded.
+// For each row of x (tokens, n): norm, rotation, integers. Fills all of `out`, whose cols are n padded and which is
+// wide exactly for magnitude_bits above 7.
 void prepare(const float* x, int64_t n, const Norm& norm, const Rotation& rotation, int magnitude_bits,
              const Activations& out);
 

@@ -44,10 +44,12 @@ void Outliers::add_product(const Activations& activations, float* out) const {
     for (int64_t row = begin; row < end; ++row) {
       if (starts_[row] == starts_[row + 1]) continue;
       for (int64_t t = 0; t < inputs.tokens; ++t) {
-        const int8_t* q = inputs.q + t * cols;
         float sum = 0.0f;
-        for (int32_t i = starts_[row]; i < starts_[row + 1]; ++i)
-          sum = sum + reference::from_half(values_[i]) * static_cast<float>(q[columns_[i]]);
+        for (int32_t i = starts_[row]; i < starts_[row + 1]; ++i) {
+          const int64_t at = t * cols + columns_[i];
+          const int q = inputs.low == nullptr ? inputs.q[at] : (inputs.q[at] << kInputShift) + inputs.low[at];
+          sum = sum + reference::from_half(values_[i]) * static_cast<float>(q);
+        }
         float& y = out[t * rows_ + row];
         y = y + sum * inputs.scale[t];
       }

@@ -13,6 +13,19 @@ namespace {
 
 constexpr int64_t kPsPerValue = 300;  // of a dequantised row
 
+void check_value(int bits, int value, int most) {
+  require(value >= -most && value <= most, "values of ", bits, " bits hold ", value, ", outside ", -most, "..", most);
+}
+
+void check_range(int bits, const LevelValues& values, int64_t rows) {
+  for (const int16_t value : values.shared) check_value(bits, value, bits < kLeastWideBits ? kNarrowValue : kWideValue);
+  if (values.tables == nullptr) return;
+  for (int64_t row = 0; row < rows; ++row) {
+    const int8_t* table = values.tables + row * values.stride;
+    for (int64_t i = 0; i < values.size; ++i) check_value(bits, table[i], kNarrowValue);
+  }
+}
+
 void check_levels(const PlanesParts& parts) {
   require(!parts.values.empty(), "a planed matrix needs the values of at least one width");
   int expected = parts.values.begin()->first;
@@ -20,8 +33,9 @@ void check_levels(const PlanesParts& parts) {
   for (const auto& [bits, values] : parts.values) {
     require(bits == expected, "values skip ", expected, " bits, the widths must be consecutive");
     require(bits <= kMaxBits, "values are for ", bits, " bits, the largest width is ", kMaxBits);
-    require(static_cast<int64_t>(values.size()) == int64_t{1} << bits, "values of ", bits, " bits have ", values.size(),
-            " entries, expected ", 1 << bits);
+    require(values.size == int64_t{1} << bits, "values of ", bits, " bits have ", values.size, " entries, expected ",
+            1 << bits);
+    check_range(bits, values, parts.rows);
     require(parts.level_scales.count(bits) == 1, "level_scales lacks ", bits, " bits");
     ++expected;
   }
@@ -37,6 +51,7 @@ void check_parts(const PlanesParts& parts) {
           " bits has ", num_planes, " planes");
   require(parts.rows >= 1, "a matrix has ", parts.rows, " rows, expected at least 1");
   require(parts.in_features >= 1, "in_features is ", parts.in_features, ", expected at least 1");
+  require(parts.in_features <= kMaxCols, "in_features is ", parts.in_features, ", expected at most ", kMaxCols);
   require(parts.num_scale_rows == 1 || parts.num_scale_rows == static_cast<int64_t>(parts.values.size()),
           "row_scales has ", parts.num_scale_rows, " rows, expected 1 or one for each of ", parts.values.size(),
           " widths");
@@ -50,7 +65,14 @@ PlanedMatrix::PlanedMatrix(PlanesParts parts) : parts_(std::move(parts)) {
   min_bits_ = parts_.values.begin()->first;
   tables_.resize(parts_.values.size());
   for (const auto& [bits, values] : parts_.values) {
-    std::copy(values.begin(), values.end(), tables_[bits - min_bits_].values.begin());
+    Table& table = tables_[bits - min_bits_];
+    const auto narrow = [](int16_t value) { return value >= -kNarrowValue && value <= kNarrowValue; };
+    table.wide = !std::all_of(values.shared.begin(), values.shared.end(), narrow);
+    for (size_t i = 0; i < values.shared.size(); ++i) {
+      const int value = values.shared[i], high = table.wide ? (value + 64) >> kValueShift : value;
+      table.values[i] = static_cast<int8_t>(high);
+      if (table.wide) table.low[i] = static_cast<int8_t>(value - (high << kValueShift));
+    }
   }
 }
 
@@ -59,14 +81,25 @@ PlanesView PlanedMatrix::view(int bits) const {
           max_bits());
   const int64_t level = bits - min_bits_;
   const float* row_scale = parts_.row_scales + (parts_.num_scale_rows == 1 ? 0 : level * parts_.rows);
-  return {parts_.planes.data(),         parts_.rows, cols_, bits, tables_[level].values.data(), row_scale,
-          parts_.level_scales.at(bits), parts_.bias};
+  const LevelValues& own = parts_.values.at(bits);
+  const Table& table = tables_[level];
+  return {parts_.planes.data(),
+          parts_.rows,
+          cols_,
+          bits,
+          own.tables == nullptr ? table.values.data() : own.tables,
+          row_scale,
+          parts_.level_scales.at(bits),
+          parts_.bias,
+          own.stride,
+          table.wide ? table.low.data() : nullptr};
 }
 
 void PlanedMatrix::matmul(const Activations& activations, int bits, const float* residual, float* out) const {
   const PlanesView weights = view(bits);
   require(activations.cols() == cols_, "activations have ", activations.cols(), " columns, the matrix has ", cols_);
-  const MatmulPlan plan = plan_matmul(weights.rows, cols_, bits, activations.tokens(), num_threads());
+  const int64_t input_rows = activations.tokens() * (activations.wide() ? 2 : 1);
+  const MatmulPlan plan = plan_matmul(weights.rows, cols_, bits, input_rows, num_threads());
   const auto kernel = plan.gemm ? kernels().planes_gemm : kernels().planes_gemv;
   const ActivationsView inputs = activations.view();
   const OutputView output{out, residual};
@@ -76,6 +109,8 @@ void PlanedMatrix::matmul(const Activations& activations, int bits, const float*
 
 void PlanedMatrix::read_rows(const int64_t* indices, int64_t count, int bits, float* out) const {
   const PlanesView weights = view(bits);
+  PlanesView low_weights = weights;
+  low_weights.table = weights.low_table;
   for (int64_t i = 0; i < count; ++i) {
     require(indices[i] >= 0 && indices[i] < weights.rows, "row ", indices[i], " is outside the matrix's ", weights.rows,
             " rows");
@@ -83,19 +118,24 @@ void PlanedMatrix::read_rows(const int64_t* indices, int64_t count, int bits, fl
   const Kernels& table = kernels();
   const Plan plan = plan_items(count, cols_ * kPsPerValue, num_threads());
   parallel_for(count, plan.chunk, plan.threads, [&](int64_t begin, int64_t end) {
-    std::vector<int8_t> values(cols_);
+    std::vector<int8_t> values(cols_), low(weights.low_table == nullptr ? 0 : cols_);
     for (int64_t i = begin; i < end; ++i) {
       table.planes_unpack(weights, indices[i], values.data());
+      if (!low.empty()) table.planes_unpack(low_weights, indices[i], low.data());
       const float factor = weights.row_scale[indices[i]] * weights.level_scale;
       float* row = out + i * parts_.in_features;
-      for (int64_t j = 0; j < parts_.in_features; ++j) row[j] = static_cast<float>(values[j]) * factor;
+      for (int64_t j = 0; j < parts_.in_features; ++j) {
+        const int value = low.empty() ? values[j] : (values[j] << kValueShift) + low[j];
+        row[j] = static_cast<float>(value) * factor;
+      }
     }
   });
 }
 
 int64_t PlanedMatrix::bytes_read(int bits) const {
   const PlanesView weights = view(bits);
-  return weights.rows * (bits * cols_ / 8 + static_cast<int64_t>(sizeof(float)));
+  const int64_t table_bytes = weights.table_stride == 0 ? 0 : int64_t{1} << bits;
+  return weights.rows * (bits * cols_ / 8 + static_cast<int64_t>(sizeof(float)) + table_bytes);
 }
 
 }  // namespace taper

@@ -14,19 +14,33 @@ namespace taper {
 
 constexpr int kMaxBits = 8;
 constexpr int64_t kColumnAlignment = 64;
+// Products of int8 parts, at most 127 * 128 each, then add up within int32.
+constexpr int64_t kMaxCols = 131072;
+constexpr int kNarrowValue = 127;
+// The largest whose parts 128 * high + low are within -127..127 and -64..63, and the least width that may have it.
+constexpr int kWideValue = 127 * 128 + 63;
+constexpr int kLeastWideBits = 7;
 
 inline int64_t padded_cols(int64_t features) {
   return (features + kColumnAlignment - 1) / kColumnAlignment * kColumnAlignment;
 }
+
+// The values of one width: `shared` by all rows, or int8 `tables` of each row, of which the caller keeps the memory.
+struct LevelValues {
+  std::vector<int16_t> shared;
+  const int8_t* tables = nullptr;
+  int64_t stride = 0;  // bytes from one row's table to the next
+  int64_t size = 0;    // values of a row
+};
 
 // What a matrix is made of. The arrays belong to the caller and outlive the matrix.
 struct PlanesParts {
   std::vector<const uint8_t*> planes;  // each (rows, cols / 8)
   int64_t rows = 0;
   int64_t in_features = 0;
-  std::map<int, std::vector<int8_t>> values;  // bits -> 2^bits values
-  std::map<int, float> level_scales;          // the same keys
-  const float* row_scales = nullptr;          // (num_scale_rows, rows)
+  std::map<int, LevelValues> values;  // bits -> 2^bits values
+  std::map<int, float> level_scales;  // the same keys
+  const float* row_scales = nullptr;  // (num_scale_rows, rows)
   int64_t num_scale_rows = 0;
   const float* bias = nullptr;  // (rows) or null
 };
@@ -49,14 +63,15 @@ class PlanedMatrix {
   // out (count, in_features): dequantised rows, still rotated.
   void read_rows(const int64_t* indices, int64_t count, int bits, float* out) const;
 
-  // Bytes that one pass at `bits` reads: planes and row scales.
+  // Bytes that one pass at `bits` reads: planes, row scales and, where rows have them, tables.
   int64_t bytes_read(int bits) const;
 
  private:
   PlanesView view(int bits) const;
 
   struct alignas(64) Table {
-    std::array<int8_t, 256> values{};  // zero past 2^bits, so a kernel may load whole registers
+    std::array<int8_t, 256> values{}, low{};
+    bool wide = false;
   };
 
   PlanesParts parts_;

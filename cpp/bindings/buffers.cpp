@@ -21,6 +21,8 @@ const char* name_of(Dtype dtype) {
       return "int8";
     case Dtype::u8:
       return "uint8";
+    case Dtype::i16:
+      return "int16";
     case Dtype::i32:
       return "int32";
     case Dtype::i64:
@@ -45,6 +47,8 @@ bool format_matches(const char* format, int64_t itemsize, Dtype dtype) {
       return format[0] == 'b';
     case Dtype::u8:
       return format[0] == 'B';
+    case Dtype::i16:
+      return format[0] == 'h';
     case Dtype::i32:
       return std::strchr("il", format[0]) != nullptr && itemsize == 4;
     case Dtype::i64:
@@ -77,7 +81,8 @@ bool is_aligned(const Py_buffer& view) { return reinterpret_cast<uintptr_t>(view
 
 }  // namespace
 
-Buffer::Buffer(nb::handle array, const char* name, std::initializer_list<Dtype> dtypes, int ndim, bool writable) {
+Buffer::Buffer(nb::handle array, const char* name, std::initializer_list<Dtype> dtypes, int ndim, bool writable,
+               bool gaps) {
   if (PyObject_GetBuffer(array.ptr(), &view_, PyBUF_RECORDS_RO) != 0) {
     PyErr_Clear();
     refuse_dtype(array, name, dtypes);
@@ -91,7 +96,9 @@ Buffer::Buffer(nb::handle array, const char* name, std::initializer_list<Dtype> 
     if (found == nullptr) refuse_dtype(array, name, dtypes);
     dtype_ = *found;
     if (ndim >= 0 && view_.ndim != ndim) refuse(text(name, " has ", view_.ndim, " dimensions, expected ", ndim));
-    if (!PyBuffer_IsContiguous(&view_, 'C'))
+    const bool rows_apart = gaps && view_.ndim == 2 && view_.strides[1] == view_.itemsize &&
+                            view_.strides[0] >= view_.shape[1] * view_.itemsize;
+    if (!rows_apart && !PyBuffer_IsContiguous(&view_, 'C'))
       refuse(text(name, " is not C-contiguous; pass numpy.ascontiguousarray of it"));
     if (!is_aligned(view_))
       refuse(text(name, " is not aligned to its ", view_.itemsize, "-byte elements; pass a copy"));
@@ -113,8 +120,8 @@ nb::object numpy_empty(std::initializer_list<int64_t> shape, Dtype dtype) {
   // Kept for the life of the process: looking them up costs more than the call.
   static PyObject* const empty = numpy_attribute("empty");
   static PyObject* const dtypes[] = {numpy_attribute("float32"), numpy_attribute("float16"), numpy_attribute("float64"),
-                                     numpy_attribute("int8"),    numpy_attribute("uint8"),   numpy_attribute("int32"),
-                                     numpy_attribute("int64"),   numpy_attribute("uint16")};
+                                     numpy_attribute("int8"),    numpy_attribute("uint8"),   numpy_attribute("int16"),
+                                     numpy_attribute("int32"),   numpy_attribute("int64"),   numpy_attribute("uint16")};
   nb::object dims = nb::steal(PyTuple_New(static_cast<Py_ssize_t>(shape.size())));
   Py_ssize_t axis = 0;
   for (const int64_t length : shape) PyTuple_SetItem(dims.ptr(), axis++, PyLong_FromLongLong(length));

@@ -13,7 +13,7 @@ namespace taper {
 
 namespace nb = nanobind;
 
-enum class Dtype { f32, f16, f64, i8, u8, i32, i64, u16 };
+enum class Dtype { f32, f16, f64, i8, u8, i16, i32, i64, u16 };
 
 template <class T>
 constexpr Dtype dtype_of();
@@ -34,6 +34,10 @@ constexpr Dtype dtype_of<uint8_t>() {
   return Dtype::u8;
 }
 template <>
+constexpr Dtype dtype_of<int16_t>() {
+  return Dtype::i16;
+}
+template <>
 constexpr Dtype dtype_of<int32_t>() {
   return Dtype::i32;
 }
@@ -46,8 +50,10 @@ constexpr Dtype dtype_of<int64_t>() {
 class Buffer {
  public:
   // `ndim` < 0 admits any. Throws nb::type_error for no array or another dtype, nb::value_error for another number of
-  // dimensions, a layout that is not C-contiguous, or a read-only array where `writable` is asked for.
-  Buffer(nb::handle array, const char* name, std::initializer_list<Dtype> dtypes, int ndim, bool writable = false);
+  // dimensions, a layout that is not C-contiguous, or a read-only array where `writable` is asked for. With `gaps` the
+  // rows of a matrix may lie apart, in rising order; such an array has no use for size().
+  Buffer(nb::handle array, const char* name, std::initializer_list<Dtype> dtypes, int ndim, bool writable = false,
+         bool gaps = false);
   Buffer(Buffer&& other) noexcept;
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
@@ -55,6 +61,7 @@ class Buffer {
 
   Dtype dtype() const { return dtype_; }
   int64_t shape(int axis) const { return view_.shape[axis]; }
+  int64_t stride_bytes(int axis) const { return view_.strides[axis]; }
   int ndim() const { return view_.ndim; }
   int64_t size() const { return view_.len / view_.itemsize; }
   void* data() const { return view_.buf; }

@@ -27,8 +27,7 @@ class Planes {
     parts.rows = scales.shape(1);
     for (nb::handle plane : planes) parts.planes.push_back(checked_plane(plane, parts));
     for (auto [bits, table] : values) {
-      const Buffer entries = borrow<int8_t>(table, "values", 1);
-      parts.values[nb::cast<int>(bits)].assign(entries.as<int8_t>(), entries.as<int8_t>() + entries.size());
+      parts.values[nb::cast<int>(bits)] = level_values(table, parts.rows);
     }
     for (auto [bits, scale] : level_scales) parts.level_scales[nb::cast<int>(bits)] = nb::cast<float>(scale);
     if (!bias.is_none()) {
@@ -52,6 +51,25 @@ class Planes {
     require(bytes.shape(0) == parts.rows && bytes.shape(1) == stride, "a plane has shape (", bytes.shape(0), ", ",
             bytes.shape(1), "), expected (", parts.rows, ", ", stride, ")");
     return bytes.as<uint8_t>();
+  }
+
+  LevelValues level_values(nb::handle table, int64_t rows) {
+    Buffer entries(table, "values", {Dtype::i8, Dtype::i16}, -1, false, true);
+    const bool wide = entries.dtype() == Dtype::i16;
+    require(entries.ndim() == 1 || (entries.ndim() == 2 && !wide && entries.shape(0) == rows), "values of ",
+            wide ? "int16" : "int8", " have ", entries.ndim(), " dimensions, expected 1, or int8 (", rows, ", 2^bits)");
+    LevelValues made;
+    made.size = entries.shape(entries.ndim() - 1);
+    if (entries.ndim() == 2) {
+      made.tables = entries.as<int8_t>();
+      made.stride = entries.stride_bytes(0);
+      keep(std::move(entries));
+    } else if (wide) {
+      made.shared.assign(entries.as<int16_t>(), entries.as<int16_t>() + made.size);
+    } else {
+      made.shared.assign(entries.as<int8_t>(), entries.as<int8_t>() + made.size);
+    }
+    return made;
   }
 
   std::deque<Buffer> buffers_;

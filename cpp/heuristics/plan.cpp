@@ -31,10 +31,10 @@ int threads_for(int64_t ps, int max_threads) {
 
 }  // namespace
 
-MatmulPlan plan_matmul(int64_t rows, int64_t cols, int bits, int64_t tokens, int max_threads) {
-  const int threads = threads_for(rows * cols * (kPsPerBit * bits + kPsPerToken * tokens), max_threads);
+MatmulPlan plan_matmul(int64_t rows, int64_t cols, int bits, int64_t inputs, int max_threads) {
+  const int threads = threads_for(rows * cols * (kPsPerBit * bits + kPsPerToken * inputs), max_threads);
   const int64_t even = ceil_div(rows, threads * kChunksPerThread);
-  return {tokens >= kGemmTokens, {threads, ceil_div(even, kRowAlignment) * kRowAlignment}};
+  return {inputs >= kGemmTokens, {threads, ceil_div(even, kRowAlignment) * kRowAlignment}};
 }
 
 AttentionPlan plan_attention(int64_t tokens, int64_t kv_heads, int64_t group, int64_t products, int max_threads) {

@@ -15,7 +15,8 @@ struct MatmulPlan {
   Plan rows;
 };
 
-MatmulPlan plan_matmul(int64_t rows, int64_t cols, int bits, int64_t tokens, int max_threads);
+// inputs: int8 rows of activations, two for each token whose activations are wide.
+MatmulPlan plan_matmul(int64_t rows, int64_t cols, int bits, int64_t inputs, int max_threads);
 
 struct AttentionPlan {
   int64_t heads;  // query heads of one KV head that a piece of work takes

@@ -58,16 +58,35 @@ void check_rows(int64_t n) {
   compare("rotate" + at, unary([&](auto& k, float* y) { k.rotate(y, signs.data(), n, n & -n, false); }));
   compare("swiglu" + at, unary([&](auto& k, float* y) { k.swiglu(x.data(), gain.data(), n, y); }));
   compare("exp" + at, unary([&](auto& k, float* y) { k.exp(x.data(), n, y); }));
-  compare("quantize" + at, [&](const Kernels& k) {
-    std::vector<int8_t> q(cols);
-    float scale;
-    int32_t sum;
-    k.quantize(x.data(), n, cols, 7, q.data(), &scale, &sum);
-    return std::tuple(q, scale, sum);
-  });
+  for (const int magnitude_bits : {7, 14}) {
+    compare("quantize" + at, [&](const Kernels& k) {
+      std::vector<int8_t> q(cols), low(cols);
+      float scale;
+      int32_t sum, low_sum = 0;
+      const bool wide = magnitude_bits > 7;
+      k.quantize(x.data(), n, cols, magnitude_bits,
+                 {q.data(), &scale, &sum, wide ? low.data() : nullptr, wide ? &low_sum : nullptr});
+      return std::tuple(q, scale, sum, low, low_sum);
+    });
+  }
 }
 
-void check_planes(int64_t cols, int bits, int64_t tokens) {
+// Rows of random int8 above -128 with the sum of each.
+std::vector<int8_t> inputs_of(int64_t tokens, int64_t cols, std::vector<int32_t>& sum) {
+  std::vector<int8_t> q = bytes<int8_t>(tokens * cols);
+  sum.assign(tokens, 0);
+  for (int64_t i = 0; i < tokens * cols; ++i) sum[i / cols] += q[i] = q[i] == -128 ? 0 : q[i];
+  return q;
+}
+
+// tables: 2^bits values each, of exactly that size, so that a byte read past one is seen.
+std::vector<int8_t> tables_of(int64_t count, int bits) {
+  std::vector<int8_t> out(count << bits);
+  for (int8_t& value : out) value = static_cast<int8_t>(random_bits() % 255 - 127);
+  return out;
+}
+
+void check_planes(int64_t cols, int bits, int64_t tokens, bool own_tables, bool wide) {
   const int64_t rows = 21;
   std::vector<std::vector<uint8_t>> planes;
   std::vector<const uint8_t*> pointers;
@@ -75,15 +94,24 @@ void check_planes(int64_t cols, int bits, int64_t tokens) {
     planes.push_back(bytes<uint8_t>(rows * cols / 8));
     pointers.push_back(planes.back().data());
   }
-  alignas(64) int8_t table[256] = {};
-  for (int code = 0; code < 1 << bits; ++code) table[code] = static_cast<int8_t>(random_bits() % 255 - 127);
-  std::vector<int8_t> q = bytes<int8_t>(tokens * cols);
-  std::vector<int32_t> sum(tokens, 0);
-  for (int64_t i = 0; i < tokens * cols; ++i) sum[i / cols] += q[i] = q[i] == -128 ? 0 : q[i];
+  const std::vector<int8_t> tables = tables_of(own_tables ? rows : 1, bits), low_table = tables_of(1, bits);
+  std::vector<int32_t> sum, low_sum;
+  const std::vector<int8_t> q = inputs_of(tokens, cols, sum), low = inputs_of(tokens, cols, low_sum);
   const std::vector<float> row_scale = floats(rows), bias = floats(rows), scale = floats(tokens);
   const std::vector<float> residual = floats(tokens * rows);
-  const PlanesView weights{pointers.data(), rows, cols, bits, table, row_scale.data(), 0.5f, bias.data()};
-  const ActivationsView inputs{q.data(), scale.data(), sum.data(), tokens};
+  const bool wide_values = wide && bits >= 7 && !own_tables;
+  const PlanesView weights{pointers.data(),
+                           rows,
+                           cols,
+                           bits,
+                           tables.data(),
+                           row_scale.data(),
+                           0.5f,
+                           bias.data(),
+                           own_tables ? int64_t{1} << bits : 0,
+                           wide_values ? low_table.data() : nullptr};
+  const ActivationsView inputs{
+      q.data(), scale.data(), sum.data(), tokens, wide ? low.data() : nullptr, wide ? low_sum.data() : nullptr};
   const std::string at = " of " + std::to_string(cols) + " columns, " + std::to_string(bits) + " bits";
   const auto multiply = [&](auto kernel) {
     return [&, kernel](const Kernels& k) {
@@ -123,7 +151,11 @@ int main() {
   for (const int64_t n : {1, 7, 16, 33, 64, 172, 576, 2048}) check_rows(n);
   for (const int64_t cols : {64, 128, 192, 320, 448, 512, 576, 1088}) {
     for (int bits = 1; bits <= 8; ++bits) {
-      for (const int64_t tokens : {1, 2, 3, 4, 7, 13}) check_planes(cols, bits, tokens);
+      for (const int64_t tokens : {1, 2, 3, 4, 7, 13}) {
+        for (const bool own_tables : {false, true}) {
+          for (const bool wide : {false, true}) check_planes(cols, bits, tokens, own_tables, wide);
+        }
+      }
     }
   }
   for (const int64_t dim : {2, 6, 16, 20, 64, 80, 128}) {

@@ -74,6 +74,19 @@ FORGERIES = {
         inside("codebook", lambda c: put(c["levels"]["2"]["values"], 3, 128)),
         "-127..127",
     ),
+    "tables without a tensor": (
+        inside("matrices", lambda m: put(m[0], "tables", True)),
+        "'embed.tables' is missing",
+    ),
+    "tables as a number": (inside("matrices", lambda m: put(m[0], "tables", 1)), "but the configuration has"),
+    "activation bits": (
+        inside("codebook", lambda c: put(c["levels"]["2"], "activation_bits", 15)),
+        "activation_bits of 2 bits 15 is outside 1..14",
+    ),
+    "activation bits as text": (
+        inside("codebook", lambda c: put(c["levels"]["2"], "activation_bits", "7")),
+        "activation_bits of 2 bits '7' is not an integer",
+    ),
     "codebook order": (inside("codebook", lambda c: c["levels"]["2"]["values"].reverse()), "ascending"),
     "codebook scale": (inside("codebook", lambda c: put(c["levels"]["3"], "scale", 0)), "above 0"),
     "codebook level": (inside("codebook", lambda c: c["levels"].pop("3")), "levels must be those of 2..4"),

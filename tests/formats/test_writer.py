@@ -10,7 +10,7 @@ from collections import namedtuple
 import numpy as np
 import pytest
 
-from taper.errors import DoesNotFitError, UsageError
+from taper.errors import CorruptFileError, DoesNotFitError, UsageError
 from taper.formats import writer
 from taper.formats.container import TaperFile
 from taper.formats.spec import FINAL_NORM, PlanedMatrix, TaperHeader
@@ -49,6 +49,100 @@ def test_same_input_gives_the_same_bytes(tmp_path, parts):
     first = tiny_taper(tmp_path / "c.taper", seed=1).read_bytes()
     assert tiny_taper(tmp_path / "d.taper", seed=1).read_bytes() == first
     assert tiny_taper(tmp_path / "e.taper", seed=2).read_bytes() != first
+
+
+def with_tables(parts, max_bits=4):
+    """Header and matrices, two of which have random values for every row, of 2..max_bits bits."""
+    rng, names = np.random.default_rng(3), frozenset({"embed", "layers.0.o"})
+    header = dataclasses.replace(parts[0], tables=names)
+    matrices = [
+        dataclasses.replace(
+            m,
+            spec=spec,
+            tables=rng.integers(-127, 128, (spec.out_features, 2 ** (max_bits + 1) - 4)).astype(np.int8)
+            if spec.has_tables
+            else None,
+        )
+        for m, spec in zip(parts[1], header.matrices, strict=True)
+    ]
+    return header, matrices, parts[2]
+
+
+def test_tables_of_rows_round_trip(tmp_path, parts):
+    changed = with_tables(parts)
+    write(tmp_path / "a.taper", changed)
+    file = TaperFile.open(tmp_path / "a.taper", verify=True)
+    assert file.header.tables == {"embed", "layers.0.o"}
+    for matrix in changed[1]:
+        found = file.matrix(matrix.spec.name).tables
+        assert (found is None) == (matrix.tables is None)
+        if found is not None:
+            assert found.dtype == np.int8
+            np.testing.assert_array_equal(found, matrix.tables)
+    rewrite(file, tmp_path / "b.taper", file.header)
+    assert (tmp_path / "a.taper").read_bytes() == (tmp_path / "b.taper").read_bytes()
+
+
+def test_a_cut_off_file_keeps_the_tables_of_its_widths(tmp_path, parts):
+    path = tmp_path / "cut.taper"
+    changed = with_tables(parts)
+    write(path, changed)
+    with path.open("r+b") as handle:
+        handle.truncate(TaperFile.open(path).bytes_at(3))
+    file = TaperFile.open(path)
+    np.testing.assert_array_equal(file.matrix("embed").tables, changed[1][0].tables[:, :12])
+    rewrite(file, tmp_path / "whole.taper", file.header)
+    assert TaperFile.open(tmp_path / "whole.taper", verify=True).max_bits == 3
+
+
+def test_tables_that_do_not_fit_are_refused(tmp_path, parts):
+    header, matrices, tensors = with_tables(parts)
+    least = matrices[0].tables.copy()
+    least[7, 3] = -128
+    for table, message in (
+        (None, "about tables"),
+        (matrices[0].tables[:, 1:], "embed.tables"),
+        (matrices[0].tables.astype(np.int16), "embed.tables"),
+        (least, "embed.tables holds -128"),
+    ):
+        changed = [dataclasses.replace(matrices[0], tables=table), *matrices[1:]]
+        with pytest.raises(ValueError, match=message):
+            write(tmp_path / "bad.taper", (header, changed, tensors))
+
+
+def test_table_byte_below_the_range_is_named(tmp_path, parts):
+    path = tmp_path / "model.taper"
+    write(path, with_tables(parts))
+    raw = bytearray(path.read_bytes())
+    file = TaperFile.open(path)
+    at = file._frame.data_begin + file._frame.entries["embed.tables"].begin
+    raw[at] = 0x80
+    path.write_bytes(raw)
+    with pytest.raises(CorruptFileError, match=r"embed.tables holds -128"):
+        TaperFile.open(path)
+
+
+def test_wide_codebook_round_trip(tmp_path, taper_file):
+    file = tiny_taper(tmp_path / "eight.taper", 6, 8)
+    opened = TaperFile.open(file)
+    codebook = dataclasses.replace(
+        opened.codebook,
+        values=opened.codebook.values | {8: np.linspace(-16319, 16319, 256).astype(np.int16)},
+        activation_bits={6: 12, 8: 14},
+    )
+    rewrite(opened, tmp_path / "wide.taper", dataclasses.replace(opened.header, codebook=codebook))
+    found = TaperFile.open(tmp_path / "wide.taper").codebook
+    assert found.activation_bits == {6: 12, 8: 14}
+    assert {bits: values.dtype for bits, values in found.values.items()} == {
+        6: np.int8,
+        7: np.int8,
+        8: np.int16,
+    }
+    np.testing.assert_array_equal(found.values[8], codebook.values[8])
+    with (tmp_path / "wide.taper").open("r+b") as handle:
+        handle.truncate(TaperFile.open(tmp_path / "wide.taper").bytes_at(7))
+    cut = TaperFile.open(tmp_path / "wide.taper").codebook
+    assert (cut.activation_bits, sorted(cut.values)) == ({6: 12}, [6, 7])
 
 
 def test_a_row_of_scales_for_every_level(tmp_path, parts):

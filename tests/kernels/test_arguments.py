@@ -54,8 +54,8 @@ def test_array(array, error, message):
     [
         ({"cols": 128}, "cols is 128, expected 64 for rows of 64"),
         ({"cols": 65}, "65 columns, expected a multiple of 64"),
-        ({"magnitude_bits": 8}, "magnitude_bits is 8, expected 1..7"),
-        ({"magnitude_bits": 0}, "magnitude_bits is 0, expected 1..7"),
+        ({"magnitude_bits": 15}, "magnitude_bits is 15, expected 1..14"),
+        ({"magnitude_bits": 0}, "magnitude_bits is 0, expected 1..14"),
         ({"signs": signs(0, 32)}, "signs has 32 elements, expected 64"),
         ({"signs": signs(0, 64), "block": 3}, "rotation block is 3, expected a power of two"),
         ({"signs": signs(0, 64), "block": 128}, "rotation block 128 does not divide 64 features"),
@@ -90,6 +90,18 @@ def test_swiglu_of_an_odd_width():
         ({"values": {}, "level_scales": {}}, "needs the values of at least one width"),
         ({"values": {2: VALUES[2], 4: VALUES[4]}}, "values skip 3 bits"),
         ({"values": VALUES | {3: VALUES[2]}}, "values of 3 bits have 4 entries, expected 8"),
+        (
+            {"values": VALUES | {3: np.full(8, -128, np.int8)}},
+            "values of 3 bits hold -128, outside -127..127",
+        ),
+        ({"values": VALUES | {3: np.full(8, 200, np.int16)}}, "values of 3 bits hold 200, outside -127..127"),
+        (
+            {"values": VALUES | {3: np.full((3, 8), -128, np.int8)}},
+            "values of 3 bits hold -128, outside -127..127",
+        ),
+        ({"values": VALUES | {3: np.zeros((2, 8), np.int8)}}, r"expected 1, or int8 \(3, 2\^bits\)"),
+        ({"values": VALUES | {3: np.zeros((3, 8), np.int16)}}, "values of int16 have 2 dimensions"),
+        ({"values": VALUES | {3: np.zeros((3, 16), np.int8)[:, ::2]}}, "values is not C-contiguous"),
         ({"values": {0: np.zeros(1, np.int8)}}, "values are for 0 bits, the least width is 1"),
         ({"values": {9: np.zeros(512, np.int8)}}, "values are for 9 bits, the largest width is 8"),
         ({"level_scales": {2: 1.0, 3: 1.0}}, "level_scales lacks 4 bits"),
@@ -234,6 +246,28 @@ def test_rope_store_of_an_odd_head():
 def test_rope_tables_of_no_positions():
     with pytest.raises(ValueError, match="num_positions is 0, expected at least 1"):
         kernels.rope_tables(np.ones(2), 0)
+
+
+def test_wide_value_beyond_its_parts():
+    values = np.zeros(128, np.int16)
+    values[-1] = 16320
+    with pytest.raises(ValueError, match=r"values of 7 bits hold 16320, outside -16319\.\.16319"):
+        kernels.Planes([PLANES[0]] * 7, {7: values}, {7: 1.0}, ROW_SCALES, None, 64)
+
+
+@pytest.mark.parametrize(
+    ("low", "low_sum", "message"),
+    [
+        (np.zeros((2, 64), np.int8), None, "low and low_sum come together"),
+        (np.zeros((1, 64), np.int8), np.zeros(1, np.int32), r"low has shape \(1, 64\), expected \(2, 64\)"),
+        (np.zeros((2, 64), np.int8), np.zeros(1, np.int32), "low_sum has 1 elements, expected 2"),
+    ],
+)
+def test_low_parts(low, low_sum, message):
+    with pytest.raises(ValueError, match=message):
+        kernels.Activations(
+            np.zeros((2, 64), np.int8), np.ones(2, np.float32), np.zeros(2, np.int32), low, low_sum
+        )
 
 
 def test_activations_of_different_lengths():

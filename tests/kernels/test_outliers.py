@@ -25,15 +25,17 @@ def made(seed: int = 0) -> tuple[Any, Any, Any]:
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("tokens", [1, 6])
-def test_product_is_the_oracle_bit_for_bit(tokens: int, threads: int) -> None:
+@pytest.mark.parametrize("magnitude_bits", [7, 14])
+def test_product_is_the_oracle_bit_for_bit(tokens: int, threads: int, magnitude_bits: int) -> None:
     # Fails when terms are summed in another order, fused, or when a row without outliers is touched (-0 + 0).
     generator = np.random.default_rng(1)
     x = generator.standard_normal((tokens, IN_FEATURES)).astype(np.float32)
     out = generator.standard_normal((tokens, ROWS)).astype(np.float32)
     parts = made()
     out[:, np.diff(parts[0]) == 0] = -0.0
-    acts = prepare(x, cols=128, signs=None, block=1)
-    expected = oracle.add_outliers(out, oracle.OracleActivations(acts.q, acts.scale, acts.sum), *parts)
+    acts = prepare(x, cols=128, signs=None, block=1, magnitude_bits=magnitude_bits)
+    integers = oracle.OracleActivations(acts.q, acts.scale, acts.sum, acts.low, acts.low_sum)
+    expected = oracle.add_outliers(out, integers, *parts)
     before = num_threads()
     try:
         set_num_threads(threads)

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from taper import kernels
 from taper.kernels import oracle
 
+WIDE = 127 * 128 + 63  # the largest value at 7 and 8 bits
+
 
 @dataclass
 class Matrix:
@@ -22,18 +24,32 @@ class Matrix:
 
     codes: NDArray[np.uint8]
     planes: list[NDArray[np.uint8]]
-    values: dict[int, NDArray[np.int8]]
+    values: dict[int, NDArray[Any]]
     level_scales: dict[int, float]
     row_scales: NDArray[np.float32]
     bias: NDArray[np.float32] | None
     parent_bits: int
 
     @classmethod
-    def random(cls, seed: int, out: int, width: int, bits: range, *, level_rows: bool, bias: bool) -> Matrix:
+    def random(
+        cls,
+        seed: int,
+        out: int,
+        width: int,
+        bits: range,
+        *,
+        level_rows: bool,
+        bias: bool,
+        kind: str = "narrow",
+    ) -> Matrix:
         rng = np.random.default_rng(seed)
         parent = bits[-1]
         codes = rng.integers(0, 2**parent, (out, width)).astype(np.uint8)
         values = {b: np.sort(rng.integers(-127, 128, 2**b)).astype(np.int8) for b in bits}
+        if kind == "wide":
+            values |= {b: rng.integers(-WIDE, WIDE + 1, 2**b).astype(np.int16) for b in bits if b >= 7}
+        elif kind == "tables":
+            values = {b: rng.integers(-127, 128, (out, 2**b)).astype(np.int8) for b in bits}
         return cls(
             codes,
             kernels.pack_planes(codes, parent),
@@ -55,8 +71,11 @@ class Matrix:
         }
         return kernels.Planes(**(parts | changes))
 
-    def dequantised(self, bits: int) -> NDArray[np.int8]:
-        return self.values[bits][self.codes >> (self.parent_bits - bits)]
+    def dequantised(self, bits: int) -> NDArray[Any]:
+        values, codes = self.values[bits], self.codes >> (self.parent_bits - bits)
+        return (
+            np.take_along_axis(values, codes.astype(np.intp), axis=1) if values.ndim == 2 else values[codes]
+        )
 
     def row_scale(self, bits: int) -> NDArray[np.float32]:
         level = 0 if len(self.row_scales) == 1 else bits - min(self.values)
@@ -73,8 +92,14 @@ class Matrix:
         )
 
 
-def activations(seed: int, tokens: int, width: int) -> Any:
-    return kernels.prepare(rows(seed, tokens, width), cols=kernels.padded_cols(width), signs=None, block=1)
+def activations(seed: int, tokens: int, width: int, magnitude_bits: int = 7) -> Any:
+    return kernels.prepare(
+        rows(seed, tokens, width),
+        cols=kernels.padded_cols(width),
+        signs=None,
+        block=1,
+        magnitude_bits=magnitude_bits,
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -110,6 +135,106 @@ def test_matmul(seed, out, width, tokens, parent_bits, rich, num_threads):
             for isa in ISAS:
                 with kernels.use_isa(isa):
                     assert_same_bits(planes.matmul(x, bits, residual), expected)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    seeds,
+    st.integers(1, 70),
+    widths,
+    st.integers(1, 12),
+    st.integers(1, 8),
+    st.sampled_from(["narrow", "wide", "tables"]),
+    st.sampled_from([7, 8, 12, 14]),
+    st.integers(1, 2),
+)
+def test_matmul_of_parts_and_tables(seed, out, width, tokens, bits, kind, magnitude_bits, num_threads):
+    """Wide values, a table a row and wide activations, in every combination."""
+    rich = bool(seed % 2)
+    matrix = Matrix.random(seed, out, width, range(bits, bits + 1), level_rows=False, bias=rich, kind=kind)
+    x = activations(seed, tokens, width, magnitude_bits)
+    residual = rows(seed + 1, tokens, out) if rich else None
+    planes, expected = matrix.native(), matrix.expected(x, bits, residual)
+    with threads(num_threads):
+        for isa in ISAS:
+            with kernels.use_isa(isa):
+                assert_same_bits(planes.matmul(x, bits, residual), expected)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bits", [7, 8])
+@pytest.mark.parametrize("tokens", [1, 2, 7])
+def test_wide_parts_at_their_extremes(isa, bits, tokens):
+    """The largest sums are beyond int32 and float32's integers, and still rounded once."""
+    width = 5632
+    values = np.linspace(-WIDE, WIDE, 2**bits).astype(np.int16)
+    codes = np.zeros((3, width), np.uint8)
+    codes[1:] = 2**bits - 1
+    codes[2, ::2] = 0
+    planes = kernels.Planes(
+        kernels.pack_planes(codes, bits),
+        {bits: values},
+        {bits: 1.0},
+        np.ones((1, 3), np.float32),
+        None,
+        width,
+    )
+    rows_of = np.full((tokens, width), 16383, np.float32)
+    rows_of[:, 1] = 16382
+    x = kernels.prepare(rows_of, cols=width, signs=None, block=1, magnitude_bits=14)
+    with kernels.use_isa(isa):
+        y = planes.matmul(x, bits)
+    whole = WIDE * (16383 * (width - 1) + 16382)
+    np.testing.assert_array_equal(y, np.tile(np.float32([-whole, whole, -WIDE]), (tokens, 1)))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_low_parts_of_minus_128(isa):
+    """-128 has no counterpart in int8: every kernel has to survive it next to the ends of a table."""
+    values = np.array([-127, 127], np.int8)
+    codes = np.zeros((2, 576), np.uint8)
+    codes[1] = 1
+    planes = kernels.Planes(
+        kernels.pack_planes(codes, 1), {1: values}, {1: 1.0}, np.ones((1, 2), np.float32), None, 576
+    )
+    x = kernels.prepare(np.full((5, 576), 128, np.float32), cols=576, signs=None, block=1, magnitude_bits=8)
+    assert (x.low == -128).all()
+    with kernels.use_isa(isa):
+        np.testing.assert_array_equal(
+            planes.matmul(x, 1), np.tile(np.float32([-1, 1]) * 127 * 128 * 576, (5, 1))
+        )
+
+
+def test_tables_whose_rows_lie_apart():
+    """Two widths side by side in one array, as a file holds them."""
+    matrix = Matrix.random(14, 21, 320, range(3, 5), level_rows=True, bias=False, kind="tables")
+    side_by_side = np.concatenate([matrix.values[3], matrix.values[4]], axis=1)
+    planes = matrix.native(values={3: side_by_side[:, :8], 4: side_by_side[:, 8:]})
+    x = activations(14, 2, 320)
+    del side_by_side
+    for bits in (3, 4):
+        for isa in ISAS:
+            with kernels.use_isa(isa):
+                assert_same_bits(planes.matmul(x, bits), matrix.expected(x, bits, None))
+    assert planes.bytes_read(3) == 21 * (3 * 320 // 8 + 4 + 8)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kind", ["wide", "tables"])
+def test_parts_do_not_depend_on_batch_or_threads(isa, kind):
+    matrix = Matrix.random(7, 1031, 448, range(8, 9), level_rows=False, bias=True, kind=kind)
+    planes, x = matrix.native(), rows(8, 12, 448)
+
+    def run(begin: int, end: int) -> NDArray[np.float32]:
+        acts = kernels.prepare(x[begin:end], cols=448, signs=None, block=1, magnitude_bits=14)
+        return planes.matmul(acts, 8)
+
+    with kernels.use_isa(isa):
+        whole = run(0, 12)
+        for num_threads in (1, 3):
+            with threads(num_threads):
+                for begin, end in ((0, 1), (3, 5), (4, 7)):
+                    assert_same_bits(run(begin, end), whole[begin:end])
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -207,9 +332,9 @@ def test_planes_keep_their_arrays_alive():
 
 
 @settings(max_examples=30, deadline=None)
-@given(seeds, widths, st.integers(1, 8), st.booleans())
-def test_rows(seed, width, bits, wide_indices):
-    matrix = Matrix.random(seed, 50, width, range(bits, bits + 1), level_rows=False, bias=False)
+@given(seeds, widths, st.integers(1, 8), st.booleans(), st.sampled_from(["narrow", "wide", "tables"]))
+def test_rows(seed, width, bits, wide_indices, kind):
+    matrix = Matrix.random(seed, 50, width, range(bits, bits + 1), level_rows=False, bias=False, kind=kind)
     indices = np.array([49, 0, 7, 7], np.int64 if wide_indices else np.int32)
     expected = oracle.dequantize_rows(
         matrix.dequantised(bits)[indices], matrix.level_scales[bits], matrix.row_scale(bits)[indices]

@@ -28,10 +28,14 @@ def assert_same_activations(got, expected):
     assert_same_bits(got.scale, expected.scale)
     assert_same_bits(got.q, expected.q)
     assert_same_bits(got.sum, expected.sum)
+    assert (got.low is None) == (expected.low is None)
+    if expected.low is not None:
+        assert_same_bits(got.low, expected.low)
+        assert_same_bits(got.low_sum, expected.low_sum)
 
 
 @settings(max_examples=80, deadline=None)
-@given(seeds, st.integers(1, 4), widths, st.booleans(), st.booleans(), st.integers(1, 7), thread_counts)
+@given(seeds, st.integers(1, 4), widths, st.booleans(), st.booleans(), st.integers(1, 14), thread_counts)
 def test_prepare(seed, tokens, width, with_norm, with_rotation, magnitude_bits, num_threads):
     x = rows_with_specials(seed, tokens, width)
     arguments = {
@@ -50,7 +54,7 @@ def test_prepare(seed, tokens, width, with_norm, with_rotation, magnitude_bits, 
 
 
 @settings(max_examples=40, deadline=None)
-@given(seeds, st.integers(1, 4), widths, st.integers(1, 7))
+@given(seeds, st.integers(1, 4), widths, st.integers(1, 14))
 def test_prepare_swiglu(seed, tokens, width, magnitude_bits):
     gate_up = rows_with_specials(seed, tokens, 2 * width)
     cols, s, block = kernels.padded_cols(width), signs(seed, width), kernels.hadamard_block(width)
@@ -121,9 +125,39 @@ def test_a_token_alone_equals_itself_in_a_batch():
         assert_same_bits(alone.scale, together.scale[t : t + 1])
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_parts_of_a_wide_row(isa):
+    """The largest magnitudes, and low parts on both sides of their wrap at 128."""
+    x = np.zeros((1, 64), np.float32)
+    x[0, :7] = [16383, -16383, 127, 128, -128, -129, 0.5]
+    with kernels.use_isa(isa):
+        made = kernels.prepare(x, cols=64, signs=None, block=1, magnitude_bits=14)
+    assert made.scale[0] == 1.0
+    np.testing.assert_array_equal(made.q[0, :7], [64, -64, 0, 1, 0, -1, 0])
+    np.testing.assert_array_equal(made.low[0, :7], [-1, 1, 127, -128, -128, 127, 0])
+    assert (made.sum[0], made.low_sum[0]) == (0, -2)
+
+
+@pytest.mark.parametrize("magnitude_bits", [8, 14])
+def test_padding_of_wide_rows_is_zero_in_used_memory(magnitude_bits):
+    for isa in ISAS:
+        with kernels.use_isa(isa):
+            for _ in range(4):
+                kernels.prepare(
+                    rows(1, 3, 128, 100.0), cols=128, signs=None, block=1, magnitude_bits=magnitude_bits
+                )
+                made = kernels.prepare(
+                    rows(2, 3, 70), cols=128, signs=None, block=1, magnitude_bits=magnitude_bits
+                )
+                assert not made.q[:, 70:].any()
+                assert not made.low[:, 70:].any()
+
+
 def test_activations_keep_what_they_are_given():
     q = np.arange(-64, 64, dtype=np.int8).reshape(2, 64)
     scale, sums = np.array([0.5, 2.0], np.float32), q.sum(axis=1, dtype=np.int32)
     made = kernels.Activations(q, scale, sums)
     assert_same_activations(made, oracle.OracleActivations(q, scale, sums))
     assert (made.num_tokens, made.cols) == (2, 64)
+    wide = kernels.Activations(q, scale, sums, q[::-1].copy(), sums[::-1].copy())
+    assert_same_activations(wide, oracle.OracleActivations(q, scale, sums, q[::-1], sums[::-1]))

@@ -14,18 +14,35 @@ struct PlanesView {
   int64_t rows;                  // out_features
   int64_t cols;                  // in_features rounded up to a multiple of 64
   int bits;                      // planes to read, 1..8
-  const int8_t* table;           // 2^bits values in code order, 64-byte aligned, zeros up to 256 bytes
+  const int8_t* table;           // 2^bits values in code order, -127..127; of the first row where rows have their own
   const float* row_scale;        // (rows)
   float level_scale;
-  const float* bias;  // (rows) or null
+  const float* bias;                  // (rows) or null
+  int64_t table_stride = 0;           // bytes from one row's table to the next; 0: one table for all rows
+  const int8_t* low_table = nullptr;  // or null: a value is 128 * table + low_table (bits 7 and 8, stride 0)
 };
 
-// Rows of activations as int8 with one scale each.
+// The high part of a wide value or activation counts this often: 2^shift.
+constexpr int kValueShift = 7;
+constexpr int kInputShift = 8;
+
+// Rows of activations as int8, or as two int8 parts, with one scale each.
 struct ActivationsView {
   const int8_t* q;     // (tokens, cols), columns past in_features are zero
   const float* scale;  // (tokens)
   const int32_t* sum;  // (tokens) sum of q
   int64_t tokens;
+  const int8_t* low = nullptr;       // like q, or null: an activation is 256 * q + low
+  const int32_t* low_sum = nullptr;  // (tokens) sum of low
+};
+
+// One row of activations to be filled; low and low_sum are null where magnitude_bits are at most 7.
+struct QuantizedRow {
+  int8_t* q;  // (cols)
+  float* scale;
+  int32_t* sum;
+  int8_t* low;
+  int32_t* low_sum;
 };
 
 struct OutputView {
@@ -69,13 +86,13 @@ struct Kernels {
   // (unpacks a tile of rows once). Both give the same bytes.
   void (*planes_gemv)(const PlanesView&, const ActivationsView&, const OutputView&, int64_t row_begin, int64_t row_end);
   void (*planes_gemm)(const PlanesView&, const ActivationsView&, const OutputView&, int64_t row_begin, int64_t row_end);
-  // One row's int8 values in column order: out (cols).
+  // One row's values of `table` in column order: out (cols).
   void (*planes_unpack)(const PlanesView&, int64_t row, int8_t* out);
 
   // Each works on one row of n floats; y may be x.
   void (*rms_norm)(const float* x, const float* gain /* or null */, float eps, int64_t n, float* y);
   void (*rotate)(float* x, const float* signs /* +1 or -1 */, int64_t n, int64_t block, bool inverse);
-  void (*quantize)(const float* x, int64_t n, int64_t cols, int magnitude_bits, int8_t* q, float* scale, int32_t* sum);
+  void (*quantize)(const float* x, int64_t n, int64_t cols, int magnitude_bits, const QuantizedRow& out);
   void (*swiglu)(const float* gate, const float* up, int64_t n, float* y);
   void (*exp)(const float* x, int64_t n, float* y);
 

@@ -8,7 +8,7 @@ namespace taper::avx2 {
 void planes_gemv(const PlanesView&, const ActivationsView&, const OutputView&, int64_t row_begin, int64_t row_end);
 void planes_gemm(const PlanesView&, const ActivationsView&, const OutputView&, int64_t row_begin, int64_t row_end);
 void planes_unpack(const PlanesView&, int64_t row, int8_t* out);
-void quantize(const float* x, int64_t n, int64_t cols, int magnitude_bits, int8_t* q, float* scale, int32_t* sum);
+void quantize(const float* x, int64_t n, int64_t cols, int magnitude_bits, const QuantizedRow& out);
 
 void rms_norm(const float* x, const float* gain, float eps, int64_t n, float* y);
 void rotate(float* x, const float* signs, int64_t n, int64_t block, bool inverse);

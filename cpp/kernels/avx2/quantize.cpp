@@ -33,6 +33,12 @@ float max_magnitude(const float* x, int64_t n) {
   return a;
 }
 
+// Eight int32 lanes within int8.
+void store_bytes(__m256i x, int8_t* out) {
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm_packs_epi16(words, words));
+}
+
 // Four int32 lanes to their sum.
 int32_t sum_lanes(__m256i x) {
   __m128i s = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
@@ -42,26 +48,28 @@ int32_t sum_lanes(__m256i x) {
 
 }  // namespace
 
-void quantize(const float* x, int64_t n, int64_t cols, int magnitude_bits, int8_t* q, float* scale, int32_t* sum) {
+void quantize(const float* x, int64_t n, int64_t cols, int magnitude_bits, const QuantizedRow& out) {
   const float a = max_magnitude(x, n);
-  if (a == 0 || !std::isfinite(a)) {
-    std::memset(q, 0, static_cast<size_t>(cols));
-    *scale = a == 0 ? 1.0f : std::numeric_limits<float>::quiet_NaN();
-    *sum = 0;
-    return;
-  }
+  if (a == 0 || !std::isfinite(a)) return fill_zeros(cols, a == 0 ? 1 : std::numeric_limits<float>::quiet_NaN(), out);
   const int e = choose_exponent(a, magnitude_bits);
   const __m256 inverse = _mm256_set1_ps(std::ldexp(1.0f, -e));
-  __m256i total = _mm256_setzero_si256();
+  __m256i total = _mm256_setzero_si256(), low_total = _mm256_setzero_si256();
   for (int64_t i = 0; i < cols; i += 8) {  // cols is a multiple of 64; lanes past n are zero
     const __m256 values = i < n ? _mm256_maskload_ps(x + i, first_lanes(n - i)) : _mm256_setzero_ps();
-    const __m256i rounded = _mm256_cvtps_epi32(_mm256_mul_ps(values, inverse));
+    __m256i rounded = _mm256_cvtps_epi32(_mm256_mul_ps(values, inverse));
+    if (out.low != nullptr) {
+      const __m256i high = _mm256_srai_epi32(_mm256_add_epi32(rounded, _mm256_set1_epi32(128)), kInputShift);
+      const __m256i low = _mm256_sub_epi32(rounded, _mm256_slli_epi32(high, kInputShift));
+      low_total = _mm256_add_epi32(low_total, low);
+      store_bytes(low, out.low + i);
+      rounded = high;
+    }
     total = _mm256_add_epi32(total, rounded);
-    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(q + i), _mm_packs_epi16(words, words));
+    store_bytes(rounded, out.q + i);
   }
-  *scale = std::ldexp(1.0f, e);
-  *sum = sum_lanes(total);
+  *out.scale = std::ldexp(1.0f, e);
+  *out.sum = sum_lanes(total);
+  if (out.low != nullptr) *out.low_sum = sum_lanes(low_total);
 }
 
 }  // namespace taper::avx2

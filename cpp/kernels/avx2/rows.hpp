@@ -36,17 +36,40 @@ TAPER_INLINE inline __m128i fold_last(__m256i acbd) {
   return _mm256_castsi256_si128(_mm256_permutevar8x32_epi32(sums, _mm256_setr_epi32(0, 4, 2, 6, 0, 4, 2, 6)));
 }
 
-// Integer sums become output values of rows row .. row + count - 1 (count <= kRows).
-inline void store_rows(const PlanesView& w, const ActivationsView& x, const OutputView& y, int64_t token, int64_t row,
-                       int count, __m128i sums) {
+// Exact sums as floats become output values of rows row .. row + count - 1 (count <= kRows).
+inline void store_floats(const PlanesView& w, const ActivationsView& x, const OutputView& y, int64_t token, int64_t row,
+                         int count, __m128 acc) {
   const __m128i mask = _mm_cmpgt_epi32(_mm_set1_epi32(count), _mm_setr_epi32(0, 1, 2, 3));
   const __m128 alpha = _mm_set1_ps(x.scale[token] * w.level_scale);
   const __m128 scale = _mm_mul_ps(_mm_maskload_ps(w.row_scale + row, mask), alpha);
-  __m128 out = _mm_mul_ps(_mm_cvtepi32_ps(sums), scale);
+  __m128 out = _mm_mul_ps(acc, scale);
   if (w.bias != nullptr) out = _mm_add_ps(out, _mm_maskload_ps(w.bias + row, mask));
   const int64_t at = token * w.rows + row;
   if (y.residual != nullptr) out = _mm_add_ps(_mm_maskload_ps(y.residual + at, mask), out);
   _mm_maskstore_ps(y.out + at, mask, out);
+}
+
+inline void store_rows(const PlanesView& w, const ActivationsView& x, const OutputView& y, int64_t token, int64_t row,
+                       int count, __m128i sums) {
+  store_floats(w, x, y, token, row, count, _mm_cvtepi32_ps(sums));
+}
+
+// The same for wide values or activations: high[i] and low[i] are the sums of the table's and of the low table's values
+// with part i of the activations, high first. What the view lacks is not read.
+inline void store_parts(const PlanesView& w, const ActivationsView& x, const OutputView& y, int64_t token, int64_t row,
+                        int count, const __m128i* high, const __m128i* low) {
+  const auto join = [&](const __m128i* parts) {
+    const __m256i first = _mm256_cvtepi32_epi64(parts[0]);
+    if (x.low == nullptr) return first;
+    return _mm256_add_epi64(_mm256_slli_epi64(first, kInputShift), _mm256_cvtepi32_epi64(parts[1]));
+  };
+  __m256i acc = join(high);
+  if (w.low_table != nullptr) acc = _mm256_add_epi64(_mm256_slli_epi64(acc, kValueShift), join(low));
+  alignas(32) int64_t sums[kRows];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(sums), acc);
+  store_floats(w, x, y, token, row, count,
+               _mm_setr_ps(static_cast<float>(sums[0]), static_cast<float>(sums[1]), static_cast<float>(sums[2]),
+                           static_cast<float>(sums[3])));
 }
 
 }  // namespace taper::avx2

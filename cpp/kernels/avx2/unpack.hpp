@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <cstring>
 
 #include "kernels/common/unroll.hpp"
 
@@ -77,26 +78,39 @@ class PlaneLookup {
 // Lane i of a table holds the value of this code; position[k] is the index bit that holds bit k of the code, most
 // significant first.
 template <size_t kBits>
-inline __m256i permuted_table(const int8_t* values, const std::array<int, kBits>& position) {
-  alignas(16) int8_t lanes[16];
-  for (int lane = 0; lane < 16; ++lane) {
-    int code = 0;
-    for (int bit : position) code = 2 * code + ((lane >> bit) & 1);
-    lanes[lane] = values[code];
+constexpr std::array<uint8_t, 16> table_order(const std::array<int, kBits>& position) {
+  std::array<uint8_t, 16> order{};
+  for (size_t lane = 0; lane < 16; ++lane) {
+    for (int bit : position) order[lane] = static_cast<uint8_t>(2 * order[lane] + ((lane >> bit) & 1));
   }
-  return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(lanes)));
+  return order;
 }
 
+// Made once a row where rows have tables of their own: a shuffle a register, and no byte is read past 2^kBits.
 template <int kBits>
 PlaneLookup<kBits>::PlaneLookup(const int8_t* values) {
+  [[maybe_unused]] auto place = [&](int table, const std::array<uint8_t, 16>& order) {
+    alignas(16) int8_t lanes[16] = {};
+    std::memcpy(lanes, values, std::min(16, 1 << kBits));
+    const __m128i part = _mm_load_si128(reinterpret_cast<const __m128i*>(lanes));
+    const __m128i index = _mm_loadu_si128(reinterpret_cast<const __m128i*>(order.data()));
+    tables_[table] = _mm256_broadcastsi128_si256(_mm_shuffle_epi8(part, index));
+  };
   if constexpr (kBits == 1) {
-    for (int i = 0; i < 4; ++i) tables_[i] = permuted_table<1>(values, {i});
+    static constexpr std::array<std::array<uint8_t, 16>, 4> kOrders = {table_order<1>({0}), table_order<1>({1}),
+                                                                       table_order<1>({2}), table_order<1>({3})};
+    for (int i = 0; i < 4; ++i) place(i, kOrders[i]);
   } else if constexpr (kBits == 2) {
-    for (int i = 0; i < 2; ++i) tables_[i] = permuted_table<2>(values, {i, i + 2});
+    static constexpr std::array<std::array<uint8_t, 16>, 2> kOrders = {table_order<2>({0, 2}), table_order<2>({1, 3})};
+    for (int i = 0; i < 2; ++i) place(i, kOrders[i]);
   } else if constexpr (kBits == 3) {
-    for (int i = 0; i < 2; ++i) tables_[i] = permuted_table<3>(values, {1, 0, i + 2});
+    static constexpr std::array<std::array<uint8_t, 16>, 2> kOrders = {table_order<3>({1, 0, 2}),
+                                                                       table_order<3>({1, 0, 3})};
+    for (int i = 0; i < 2; ++i) place(i, kOrders[i]);
   } else {
-    for (int i = 0; i < kTables[kBits]; ++i) tables_[i] = permuted_table<4>(values + 16 * i, {3, 2, 1, 0});
+    for (int i = 0; i < kTables[kBits]; ++i) {
+      tables_[i] = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values + 16 * i)));
+    }
   }
 }
 

@@ -1,15 +1,18 @@
-// Matrix times a few tokens: weights are unpacked in registers, once for up to four tokens.
+// Matrix times a few tokens: weights are unpacked in registers, once for up to four rows of activations. The two parts
+// of a wide activation are two such rows; wide values go over the planes, which are in L1 then, with each of their
+// tables.
 #include "rows.hpp"
 #include "unpack.hpp"
 
 namespace taper::avx512 {
 namespace {
 
-constexpr int kMaxTokens = 4;  // 4 rows x 4 tokens of sums leave half of the registers for unpacking
+constexpr int kMaxInputs = 4;  // 4 rows x 4 inputs of sums leave half of the registers for unpacking
 // Memory latency is ~240 ns on large servers; 15 GB/s a core then needs 3.6 KB in flight over all streams together.
 constexpr int64_t kPrefetchBytes = 2048;
 
-// Rows row .. row + 3 for 1..kMaxTokens tokens. Only the blocks of 512 columns are compiled for a number of tokens.
+// Rows row .. row + 3 for 1..kMaxInputs rows of activations (inputs). Only the blocks of 512 columns, and of rows with
+// tables of their own, are compiled for a number of inputs.
 template <int kBits>
 class RowQuad {
  public:
@@ -18,63 +21,144 @@ class RowQuad {
         x_(x),
         y_(y),
         token_(token),
-        tokens_(static_cast<int>(std::min<int64_t>(kMaxTokens, x.tokens - token))),
+        parts_(x.low == nullptr ? 1 : 2),
+        inputs_(parts_ * static_cast<int>(std::min<int64_t>(tokens_at_once(x), x.tokens - token))),
         stride_(w.cols / 8),
         lookup_(w.table, kSignFlip) {
     std::copy(w.planes, w.planes + kBits, planes_);
-    for (int t = 0; t < kMaxTokens; ++t) q_[t] = x.q + (token + std::min(t, tokens_ - 1)) * w.cols;
+    for (int i = 0; i < kMaxInputs; ++i) {
+      const int input = std::min(i, inputs_ - 1);
+      q_[i] = (input % parts_ == 0 ? x.q : x.low) + (token + input / parts_) * w.cols;
+    }
   }
+
+  static int tokens_at_once(const ActivationsView& x) { return x.low == nullptr ? kMaxInputs : kMaxInputs / 2; }
 
   // Rows past the count repeat the last one.
   void run(int64_t row, int count) const {
-    int64_t at[kRows];
-    for (int r = 0; r < kRows; ++r) at[r] = (row + std::min(r, count - 1)) * stride_;
-    __m512i lanes[kRows][kMaxTokens];
-    for (int r = 0; r < kRows; r += kRowsAtOnce) blocks_512(at + r, lanes + r);
-    int64_t column = w_.cols / 512 * 512;
-    __m512i pairs[kMaxTokens][2], quad[kMaxTokens][1];
-    for (int t = 0; t < tokens_; ++t) {
-      pairs[t][0] = fold_pair(lanes[0][t], lanes[1][t]);
-      pairs[t][1] = fold_pair(lanes[2][t], lanes[3][t]);
+    __m128i sums[kMaxInputs];
+    [[maybe_unused]] __m128i low_sums[kMaxInputs];
+    const __m128i* low = sums;  // not read unless there is a low table
+    if (w_.table_stride != 0) {
+      own_tables(row, count, sums);
+    } else {
+      shared_table(lookup_, row, count, sums);
     }
-    if (w_.cols & 256) {
-      block_256(at, column, pairs);
-      column += 256;
+    if (parts_ == 1 && w_.low_table == nullptr) {
+      for (int i = 0; i < inputs_; ++i) store_rows(w_, x_, y_, token_ + i, row, count, sums[i]);
+      return;
     }
-    for (int t = 0; t < tokens_; ++t) quad[t][0] = fold_quad(pairs[t][0], pairs[t][1]);
-    if (w_.cols & 128) {
-      block_128(at, column, quad);
-      column += 128;
+    if constexpr (kBits >= 7) {
+      if (w_.low_table != nullptr) {
+        shared_table(Lookup(w_.low_table, kSignFlip), row, count, low_sums);
+        low = low_sums;
+      }
     }
-    for (int t = 0; t < tokens_; ++t) quad[t][0] = fold_halves(quad[t][0]);
-    if (w_.cols & 64) block_64(at, column, quad);
-    for (int t = 0; t < tokens_; ++t) store_rows(w_, x_, y_, token_ + t, row, count, fold_last(quad[t][0]));
+    for (int i = 0; i < inputs_; i += parts_) {
+      store_parts(w_, x_, y_, token_ + i / parts_, row, count, sums + i, low + i);
+    }
   }
 
  private:
   // Two rows share the loads of the activations; the codes of wide widths leave registers for one only.
   static constexpr int kRowsAtOnce = kBits <= 6 ? 2 : 1;
 
-  using Fields = typename PlaneLookup<kBits>::Fields;
+  using Lookup = PlaneLookup<kBits>;
+  using Fields = typename Lookup::Fields;
 
-  // Three tokens run as four, of which the last repeats.
-  TAPER_INLINE void blocks_512(const int64_t* at, __m512i (*lanes)[kMaxTokens]) const {
-    switch (tokens_) {
+  TAPER_INLINE void shared_table(const Lookup& lookup, int64_t row, int count, __m128i* sums) const {
+    int64_t at[kRows];
+    for (int r = 0; r < kRows; ++r) at[r] = (row + std::min(r, count - 1)) * stride_;
+    __m512i lanes[kRows][kMaxInputs];
+    for (int r = 0; r < kRows; r += kRowsAtOnce) blocks_512(lookup, at + r, lanes + r);
+    int64_t column = w_.cols / 512 * 512;
+    __m512i pairs[kMaxInputs][2], quad[kMaxInputs][1];
+    for (int t = 0; t < inputs_; ++t) {
+      pairs[t][0] = fold_pair(lanes[0][t], lanes[1][t]);
+      pairs[t][1] = fold_pair(lanes[2][t], lanes[3][t]);
+    }
+    if (w_.cols & 256) {
+      block_256(lookup, at, column, pairs);
+      column += 256;
+    }
+    for (int t = 0; t < inputs_; ++t) quad[t][0] = fold_quad(pairs[t][0], pairs[t][1]);
+    if (w_.cols & 128) {
+      block_128(lookup, at, column, quad);
+      column += 128;
+    }
+    for (int t = 0; t < inputs_; ++t) quad[t][0] = fold_halves(quad[t][0]);
+    if (w_.cols & 64) block_64(lookup, at, column, quad);
+    for (int t = 0; t < inputs_; ++t) sums[t] = fold_last(quad[t][0]);
+  }
+
+  // Each row by itself, its last blocks behind a mask: rows with different tables cannot share a register.
+  void own_tables(int64_t row, int count, __m128i* sums) const {
+    __m512i lanes[kRows][kMaxInputs];
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t n = row + std::min(r, count - 1);
+      const Lookup lookup(w_.table + n * w_.table_stride, kSignFlip);
+      if (inputs_ == 1) {
+        own_table<1>(lookup, n * stride_, lanes[r]);
+      } else {
+        own_table<kMaxInputs>(lookup, n * stride_, lanes[r]);
+      }
+    }
+    for (int t = 0; t < inputs_; ++t) {
+      const __m512i quad = fold_quad(fold_pair(lanes[0][t], lanes[1][t]), fold_pair(lanes[2][t], lanes[3][t]));
+      sums[t] = fold_last(fold_halves(quad));
+    }
+  }
+
+  template <int kInputs>
+  void own_table(const Lookup& lookup, int64_t at, __m512i* lanes) const {
+    constexpr int kChains = kInputs == 1 ? 4 : 1;  // see blocks_512_of
+    __m512i acc[kChains][kInputs] = {};
+    int64_t column = 0;
+    auto block = [&](int64_t width, __mmask64 mask) TAPER_INLINE {
+      __m512i p[kBits];
+      unroll<kBits>([&](auto k) TAPER_INLINE {
+        const uint8_t* line = planes_[k] + at + column / 8;
+        _mm_prefetch(line + kPrefetchBytes, _MM_HINT_T0);
+        p[k] = _mm512_maskz_loadu_epi8(mask, line);
+      });
+      const Fields fields = lookup.gather(p);
+      unroll<kGroups>([&](auto g) TAPER_INLINE {
+        const __m512i weights = lookup.template find<g>(fields);
+        unroll<kInputs>([&](auto t) TAPER_INLINE {
+          const __m512i q = _mm512_maskz_loadu_epi8(mask, q_[t] + column + width / 8 * g);
+          acc[g % kChains][t] = _mm512_dpbusd_epi32(acc[g % kChains][t], weights, q);
+        });
+      });
+      column += width;
+    };
+    while (column + 512 <= w_.cols) block(512, ~__mmask64{0});
+    for (int64_t width = 256; width >= 64; width /= 2) {
+      if (w_.cols & width) block(width, (__mmask64{1} << (width / 8)) - 1);
+    }
+    unroll<kInputs>([&](auto t) TAPER_INLINE {
+      lanes[t] = acc[0][t];
+      unroll<kChains - 1>([&](auto c) TAPER_INLINE { lanes[t] = _mm512_add_epi32(lanes[t], acc[c + 1][t]); });
+    });
+  }
+
+  // Three inputs run as four, of which the last repeats.
+  TAPER_INLINE void blocks_512(const Lookup& lookup, const int64_t* at, __m512i (*lanes)[kMaxInputs]) const {
+    switch (inputs_) {
       case 1:
-        return blocks_512_of<1>(at, lanes);
+        return blocks_512_of<1>(lookup, at, lanes);
       case 2:
-        return blocks_512_of<2>(at, lanes);
+        return blocks_512_of<2>(lookup, at, lanes);
       default:
-        return blocks_512_of<kMaxTokens>(at, lanes);
+        return blocks_512_of<kMaxInputs>(lookup, at, lanes);
     }
   }
 
   // Blocks of 512 columns of kRowsAtOnce rows.
-  template <int kTokens>
-  TAPER_INLINE void blocks_512_of(const int64_t* at, __m512i (*lanes)[kMaxTokens]) const {
-    // A chain of eight vpdpbusd takes 40 cycles, the vector work of a block 9 (one row and token) to 46 (two, four).
-    constexpr int kChains = kRowsAtOnce * kTokens <= 1 ? 4 : kRowsAtOnce * kTokens <= 4 ? 2 : 1;
-    __m512i acc[kChains][kTokens][kRowsAtOnce] = {};
+  template <int kInputs>
+  TAPER_INLINE void blocks_512_of(const Lookup& lookup, const int64_t* at, __m512i (*lanes)[kMaxInputs]) const {
+    // A chain of eight vpdpbusd takes 40 cycles, the vector work of a block 9 (one row and input) to 46 (two, four).
+    constexpr int kChains = kRowsAtOnce * kInputs <= 1 ? 4 : kRowsAtOnce * kInputs <= 4 ? 2 : 1;
+    __m512i acc[kChains][kInputs][kRowsAtOnce] = {};
     for (int64_t column = 0; column + 512 <= w_.cols; column += 512) {
       Fields fields[kRowsAtOnce];
       unroll<kRowsAtOnce>([&](auto r) TAPER_INLINE {
@@ -84,12 +168,12 @@ class RowQuad {
           _mm_prefetch(line + kPrefetchBytes, _MM_HINT_T0);
           p[k] = _mm512_loadu_si512(line);
         });
-        fields[r] = lookup_.gather(p);
+        fields[r] = lookup.gather(p);
       });
       unroll<kGroups>([&](auto g) TAPER_INLINE {
         __m512i weights[kRowsAtOnce];
-        unroll<kRowsAtOnce>([&](auto r) TAPER_INLINE { weights[r] = lookup_.template find<g>(fields[r]); });
-        unroll<kTokens>([&](auto t) TAPER_INLINE {
+        unroll<kRowsAtOnce>([&](auto r) TAPER_INLINE { weights[r] = lookup.template find<g>(fields[r]); });
+        unroll<kInputs>([&](auto t) TAPER_INLINE {
           __m512i q = _mm512_loadu_si512(q_[t] + column + 64 * g);
           if constexpr (kRowsAtOnce > 1) q = in_register(q);
           unroll<kRowsAtOnce>([&](auto r) TAPER_INLINE {
@@ -98,7 +182,7 @@ class RowQuad {
         });
       });
     }
-    unroll<kTokens>([&](auto t) TAPER_INLINE {
+    unroll<kInputs>([&](auto t) TAPER_INLINE {
       unroll<kRowsAtOnce>([&](auto r) TAPER_INLINE {
         __m512i sum = acc[0][t][r];
         unroll<kChains - 1>([&](auto c) TAPER_INLINE { sum = _mm512_add_epi32(sum, acc[c + 1][t][r]); });
@@ -108,20 +192,20 @@ class RowQuad {
   }
 
   // Two rows share a register.
-  void block_256(const int64_t* at, int64_t column, __m512i (*acc)[2]) const {
+  void block_256(const Lookup& lookup, const int64_t* at, int64_t column, __m512i (*acc)[2]) const {
     auto load = [&](const uint8_t* plane, int i) TAPER_INLINE {
       plane += column / 8;
       _mm_prefetch(plane + at[2 * i] + kPrefetchBytes, _MM_HINT_T0);
       const __m512i low = _mm512_castsi256_si512(load_256(plane + at[2 * i]));
       return _mm512_inserti64x4(low, load_256(plane + at[2 * i + 1]), 1);
     };
-    multiply<2>(acc, load, [&](const int8_t* q, int g) TAPER_INLINE {
+    multiply<2>(lookup, acc, load, [&](const int8_t* q, int g) TAPER_INLINE {
       return _mm512_broadcast_i64x4(load_256(q + column + 32 * g));
     });
   }
 
   // Four rows share a register.
-  void block_128(const int64_t* at, int64_t column, __m512i (*acc)[1]) const {
+  void block_128(const Lookup& lookup, const int64_t* at, int64_t column, __m512i (*acc)[1]) const {
     auto load = [&](const uint8_t* plane, int) TAPER_INLINE {
       plane += column / 8;
       _mm_prefetch(plane + at[0] + kPrefetchBytes, _MM_HINT_T0);
@@ -130,34 +214,34 @@ class RowQuad {
       return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_inserti128_si256(low, load_128(plane + at[1]), 1)),
                                 _mm256_inserti128_si256(high, load_128(plane + at[3]), 1), 1);
     };
-    multiply<1>(acc, load, [&](const int8_t* q, int g) TAPER_INLINE {
+    multiply<1>(lookup, acc, load, [&](const int8_t* q, int g) TAPER_INLINE {
       return _mm512_broadcast_i32x4(load_128(q + column + 16 * g));
     });
   }
 
   // Four rows share the lower half of a register.
-  void block_64(const int64_t* at, int64_t column, __m512i (*acc)[1]) const {
+  void block_64(const Lookup& lookup, const int64_t* at, int64_t column, __m512i (*acc)[1]) const {
     auto load = [&](const uint8_t* plane, int) TAPER_INLINE {
       plane += column / 8;
       _mm_prefetch(plane + at[0] + kPrefetchBytes, _MM_HINT_T0);
       return _mm512_castsi256_si512(_mm256_setr_epi64x(load_64(plane + at[0]), load_64(plane + at[1]),
                                                        load_64(plane + at[2]), load_64(plane + at[3])));
     };
-    multiply<1>(acc, load,
+    multiply<1>(lookup, acc, load,
                 [&](const int8_t* q, int g) TAPER_INLINE { return _mm512_set1_epi64(load_64(q + column + 8 * g)); });
   }
 
   // One block: kCount registers of every plane, load_plane(plane, i), times group g of each token, load_q(q, g).
   template <int kCount, class LoadPlane, class LoadQ>
-  TAPER_INLINE void multiply(__m512i (*acc)[kCount], LoadPlane load_plane, LoadQ load_q) const {
+  TAPER_INLINE void multiply(const Lookup& lookup, __m512i (*acc)[kCount], LoadPlane load_plane, LoadQ load_q) const {
     __m512i weights[kCount][kGroups];
     for (int i = 0; i < kCount; ++i) {
       __m512i p[kBits];
       for (int k = 0; k < kBits; ++k) p[k] = load_plane(planes_[k], i);
-      const Fields fields = lookup_.gather(p);
-      unroll<kGroups>([&](auto g) TAPER_INLINE { weights[i][g] = lookup_.template find<g>(fields); });
+      const Fields fields = lookup.gather(p);
+      unroll<kGroups>([&](auto g) TAPER_INLINE { weights[i][g] = lookup.template find<g>(fields); });
     }
-    for (int t = 0; t < tokens_; ++t) {
+    for (int t = 0; t < inputs_; ++t) {
       for (int g = 0; g < kGroups; ++g) {
         const __m512i q = load_q(q_[t], g);
         for (int i = 0; i < kCount; ++i) acc[t][i] = _mm512_dpbusd_epi32(acc[t][i], weights[i][g], q);
@@ -173,11 +257,12 @@ class RowQuad {
   const ActivationsView& x_;
   const OutputView& y_;
   const int64_t token_;
-  const int tokens_;
+  const int parts_;       // of an activation
+  const int inputs_;      // parts_ times the tokens
   const int64_t stride_;  // bytes between rows of a plane
-  const PlaneLookup<kBits> lookup_;
+  const Lookup lookup_;
   const uint8_t* planes_[kBits];
-  const int8_t* q_[kMaxTokens];
+  const int8_t* q_[kMaxInputs];
 };
 
 }  // namespace
@@ -185,7 +270,7 @@ class RowQuad {
 void planes_gemv(const PlanesView& w, const ActivationsView& x, const OutputView& y, int64_t row_begin,
                  int64_t row_end) {
   with_bits(w.bits, [&]<int kBits>() {
-    for (int64_t token = 0; token < x.tokens; token += kMaxTokens) {
+    for (int64_t token = 0; token < x.tokens; token += RowQuad<kBits>::tokens_at_once(x)) {
       const RowQuad<kBits> quad(w, x, y, token);
       for (int64_t row = row_begin; row < row_end; row += kRows) {
         quad.run(row, static_cast<int>(std::min<int64_t>(kRows, row_end - row)));

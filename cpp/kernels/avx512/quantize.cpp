@@ -29,26 +29,28 @@ float max_magnitude(const float* x, int64_t n) {
 
 }  // namespace
 
-void quantize(const float* x, int64_t n, int64_t cols, int magnitude_bits, int8_t* q, float* scale, int32_t* sum) {
+void quantize(const float* x, int64_t n, int64_t cols, int magnitude_bits, const QuantizedRow& out) {
   const float a = max_magnitude(x, n);
-  if (a == 0 || !std::isfinite(a)) {
-    std::memset(q, 0, static_cast<size_t>(cols));
-    *scale = a == 0 ? 1.0f : std::numeric_limits<float>::quiet_NaN();
-    *sum = 0;
-    return;
-  }
+  if (a == 0 || !std::isfinite(a)) return fill_zeros(cols, a == 0 ? 1 : std::numeric_limits<float>::quiet_NaN(), out);
   const int e = choose_exponent(a, magnitude_bits);
   const __m512 inverse = _mm512_set1_ps(std::ldexp(1.0f, -e));
-  __m512i total = _mm512_setzero_si512();
-  for (int64_t i = 0; i < n; i += 16) {
-    const __mmask16 mask = lanes(n - i);
-    const __m512i values = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), inverse));
+  __m512i total = _mm512_setzero_si512(), low_total = _mm512_setzero_si512();
+  for (int64_t i = 0; i < cols; i += 16) {  // cols is a multiple of 64; lanes past n are zero
+    const __mmask16 mask = i < n ? lanes(n - i) : __mmask16{0};
+    __m512i values = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), inverse));
+    if (out.low != nullptr) {
+      const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(values, _mm512_set1_epi32(128)), kInputShift);
+      const __m512i low = _mm512_sub_epi32(values, _mm512_slli_epi32(high, kInputShift));
+      low_total = _mm512_add_epi32(low_total, low);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out.low + i), _mm512_cvtepi32_epi8(low));
+      values = high;
+    }
     total = _mm512_add_epi32(total, values);
-    _mm_mask_storeu_epi8(q + i, mask, _mm512_cvtepi32_epi8(values));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out.q + i), _mm512_cvtepi32_epi8(values));
   }
-  std::memset(q + n, 0, static_cast<size_t>(cols - n));
-  *scale = std::ldexp(1.0f, e);
-  *sum = _mm512_reduce_add_epi32(total);
+  *out.scale = std::ldexp(1.0f, e);
+  *out.sum = _mm512_reduce_add_epi32(total);
+  if (out.low != nullptr) *out.low_sum = _mm512_reduce_add_epi32(low_total);
 }
 
 }  // namespace taper::avx512

@@ -43,19 +43,42 @@ inline __m128i fold_last(__m512i abcd) {
   return _mm256_cvtepi64_epi32(_mm256_add_epi32(lanes, _mm256_srli_epi64(lanes, 32)));
 }
 
-// Sums of u8 weights (w + 128) times activations become output values of rows row .. row + count - 1 (count <= kRows).
-inline void store_rows(const PlanesView& w, const ActivationsView& x, const OutputView& y, int64_t token, int64_t row,
-                       int count, __m128i sums) {
+// Exact sums as floats become output values of rows row .. row + count - 1 (count <= kRows).
+inline void store_floats(const PlanesView& w, const ActivationsView& x, const OutputView& y, int64_t token, int64_t row,
+                         int count, __m128 acc) {
   const __mmask8 mask = static_cast<__mmask8>((1 << count) - 1);
-  const __m128i acc =
-      _mm_sub_epi32(sums, _mm_set1_epi32(static_cast<int32_t>(static_cast<uint32_t>(x.sum[token]) * 128)));
   const __m128 alpha = _mm_set1_ps(x.scale[token] * w.level_scale);
   const __m128 scale = _mm_mul_ps(_mm_maskz_loadu_ps(mask, w.row_scale + row), alpha);
-  __m128 out = _mm_mul_ps(_mm_cvtepi32_ps(acc), scale);
+  __m128 out = _mm_mul_ps(acc, scale);
   if (w.bias != nullptr) out = _mm_add_ps(out, _mm_maskz_loadu_ps(mask, w.bias + row));
   const int64_t at = token * w.rows + row;
   if (y.residual != nullptr) out = _mm_add_ps(_mm_maskz_loadu_ps(mask, y.residual + at), out);
   _mm_mask_storeu_ps(y.out + at, mask, out);
+}
+
+// Sums of u8 weights (w + 128) times activations that add up to `sum`, less what the 128 put in.
+inline __m128i unflip(__m128i sums, int32_t sum) {
+  return _mm_sub_epi32(sums, _mm_set1_epi32(static_cast<int32_t>(static_cast<uint32_t>(sum) * 128)));
+}
+
+inline void store_rows(const PlanesView& w, const ActivationsView& x, const OutputView& y, int64_t token, int64_t row,
+                       int count, __m128i sums) {
+  store_floats(w, x, y, token, row, count, _mm_cvtepi32_ps(unflip(sums, x.sum[token])));
+}
+
+// The same for wide values or activations: high[i] and low[i] are the sums of the table's and of the low table's values
+// with part i of the activations, high first. What the view lacks is not read.
+inline void store_parts(const PlanesView& w, const ActivationsView& x, const OutputView& y, int64_t token, int64_t row,
+                        int count, const __m128i* high, const __m128i* low) {
+  const auto join = [&](const __m128i* parts) {
+    const __m256i first = _mm256_cvtepi32_epi64(unflip(parts[0], x.sum[token]));
+    if (x.low == nullptr) return first;
+    const __m256i second = _mm256_cvtepi32_epi64(unflip(parts[1], x.low_sum[token]));
+    return _mm256_add_epi64(_mm256_slli_epi64(first, kInputShift), second);
+  };
+  __m256i acc = join(high);
+  if (w.low_table != nullptr) acc = _mm256_add_epi64(_mm256_slli_epi64(acc, kValueShift), join(low));
+  store_floats(w, x, y, token, row, count, _mm256_cvtepi64_ps(acc));
 }
 
 }  // namespace taper::avx512

@@ -1,9 +1,13 @@
-// The shared exponent of a row of activations (docs/numerics.md, "Activations"). Internal linkage: each instruction set
-// compiles its own.
+// What every quantiser of a row of activations shares (docs/numerics.md, "Activations"). Internal linkage: each
+// instruction set compiles its own.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "taper/kernels.hpp"
 
 namespace taper {
 namespace {
@@ -17,6 +21,16 @@ inline int choose_exponent(float a, int magnitude_bits) {
   const float m = std::frexp(a, &k);
   const bool rounds_up = std::rint(std::ldexp(m, magnitude_bits)) >= std::ldexp(1.0f, magnitude_bits);
   return std::max(kLeastExponent, k - magnitude_bits + (rounds_up ? 1 : 0));
+}
+
+// A row without a magnitude, or without a finite one.
+inline void fill_zeros(int64_t cols, float scale, const QuantizedRow& out) {
+  std::memset(out.q, 0, static_cast<size_t>(cols));
+  *out.scale = scale;
+  *out.sum = 0;
+  if (out.low == nullptr) return;
+  std::memset(out.low, 0, static_cast<size_t>(cols));
+  *out.low_sum = 0;
 }
 
 }  // namespace

@@ -10,7 +10,7 @@ void planes_gemm(const PlanesView&, const ActivationsView&, const OutputView&, i
 void planes_unpack(const PlanesView&, int64_t row, int8_t* out);
 void rms_norm(const float* x, const float* gain, float eps, int64_t n, float* y);
 void rotate(float* x, const float* signs, int64_t n, int64_t block, bool inverse);
-void quantize(const float* x, int64_t n, int64_t cols, int magnitude_bits, int8_t* q, float* scale, int32_t* sum);
+void quantize(const float* x, int64_t n, int64_t cols, int magnitude_bits, const QuantizedRow& out);
 void swiglu(const float* gate, const float* up, int64_t n, float* y);
 void exp(const float* x, int64_t n, float* y);
 void rope_store(float* qkv, int64_t heads, const KvView& kv, int64_t position, const float* cos, const float* sin);

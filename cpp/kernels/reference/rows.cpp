@@ -64,25 +64,35 @@ void rotate(float* x, const float* signs, int64_t n, int64_t block, bool inverse
   }
 }
 
-void quantize(const float* x, int64_t n, int64_t cols, int magnitude_bits, int8_t* q, float* scale, int32_t* sum) {
+void quantize(const float* x, int64_t n, int64_t cols, int magnitude_bits, const QuantizedRow& out) {
   float a = 0.0f;
   bool finite = true;
   for (int64_t i = 0; i < n; ++i) {
     finite = finite && std::isfinite(x[i]);
     a = std::max(a, std::fabs(x[i]));
   }
-  std::fill(q, q + cols, int8_t{0});
-  *sum = 0;
+  std::fill(out.q, out.q + cols, int8_t{0});
+  *out.sum = 0;
+  if (out.low != nullptr) {
+    std::fill(out.low, out.low + cols, int8_t{0});
+    *out.low_sum = 0;
+  }
   if (!finite || a == 0.0f) {
-    *scale = finite ? 1.0f : std::nanf("");
+    *out.scale = finite ? 1.0f : std::nanf("");
     return;
   }
   const int e = shared_exponent(a, static_cast<float>((1 << magnitude_bits) - 1));
   for (int64_t i = 0; i < n; ++i) {
-    q[i] = static_cast<int8_t>(std::nearbyint(x[i] * power_of_two(-e)));
-    *sum += q[i];
+    const int value = static_cast<int>(std::nearbyint(x[i] * power_of_two(-e)));
+    const int high = out.low == nullptr ? value : (value + 128) >> kInputShift;
+    out.q[i] = static_cast<int8_t>(high);
+    *out.sum += high;
+    if (out.low != nullptr) {
+      out.low[i] = static_cast<int8_t>(value - (high << kInputShift));
+      *out.low_sum += out.low[i];
+    }
   }
-  *scale = power_of_two(e);
+  *out.scale = power_of_two(e);
 }
 
 void swiglu(const float* gate, const float* up, int64_t n, float* y) {

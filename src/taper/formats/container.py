@@ -20,12 +20,14 @@ from taper.formats.sensitivity import Sensitivity
 from taper.formats.spec import (
     DIGEST_DIGITS,
     F32,
+    I8,
     U8,
     Codebook,
     MatrixSpec,
     PlanedMatrix,
     TaperHeader,
     expected_matrices,
+    table_columns,
 )
 from taper.formats.validate import header_hash_matches, validate
 
@@ -59,6 +61,8 @@ class TaperFile:
         for entry in frame.entries.values():
             if entry.dtype in ("F16", "F32"):
                 _check_finite(path, entry.name, self.tensor(entry.name))
+            elif entry.name.endswith(".tables"):
+                _check_tables(path, entry.name, self.tensor(entry.name))
         for spec in self.matrices:
             if (outliers := self._outliers(spec.name)) is not None:
                 _check_outliers(path, spec, outliers)
@@ -195,6 +199,7 @@ class TaperFile:
             bias=self.tensor(f"{name}.bias") if spec.has_bias else None,
             signs=unpack_signs(self.tensor(f"{name}.signs"), spec.in_features),
             outliers=self._outliers(name),
+            tables=self._tables(spec, width) if spec.has_tables else None,
         )
 
     def verify(self) -> list[str]:
@@ -230,6 +235,10 @@ class TaperFile:
         parts = ("starts", "columns", "values")
         return OutlierRows(*(self.tensor(f"{name}.outliers.{part}") for part in parts))
 
+    def _tables(self, spec: MatrixSpec, width: int) -> I8:
+        tables: I8 = self.tensor(f"{spec.name}.tables").view(np.int8)
+        return tables[:, : table_columns(self.min_bits, width)]
+
     def _whole_planes(self) -> int:
         whole = 0
         while whole < self.total_bits and self.bytes_at(whole + 1) <= self.file_bytes:
@@ -251,18 +260,13 @@ def _usable(path: Path, header: TaperHeader, max_bits: int) -> TaperHeader:
             f"at least {header.min_bits} are needed",
             hint="copy or download the file again",
         )
-    widths = range(header.min_bits, max_bits + 1)
-    codebook = Codebook(
-        {bits: header.codebook.values[bits] for bits in widths},
-        {bits: header.codebook.level_scales[bits] for bits in widths},
-    )
     planes = {name: planes for name, planes in header.planes.items() if planes < max_bits}
     matrices = expected_matrices(header.config, planes, header.rotated)
     num_widths = {spec.name: spec.width_at(max_bits) - header.min_bits + 1 for spec in matrices}
     return replace(
         header,
         max_bits=max_bits,
-        codebook=codebook,
+        codebook=header.codebook.cut(max_bits),
         planes=planes,
         sensitivity=header.sensitivity and header.sensitivity.cut(num_widths),
         relative_errors={name: row[: num_widths[name]] for name, row in header.relative_errors.items()},
@@ -291,6 +295,12 @@ def _check_outliers(path: Path, spec: MatrixSpec, outliers: OutlierRows) -> None
         raise CorruptFileError(
             f"{path}: {spec.name}.outliers: {error}", hint="copy or download the file again"
         ) from error
+
+
+def _check_tables(path: Path, name: str, values: U8) -> None:
+    # -128 has no counterpart: its product with a negated activation would leave int8.
+    if (values == 0x80).any():
+        raise CorruptFileError(f"{path}: {name} holds -128, outside -127..127")
 
 
 def _digest(file: BinaryIO, num_bytes: int) -> str:

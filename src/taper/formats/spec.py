@@ -24,6 +24,7 @@ from taper.kernels import hadamard_block, padded_cols
 
 U8 = npt.NDArray[np.uint8]
 I8 = npt.NDArray[np.int8]
+I16 = npt.NDArray[np.int16]
 F16 = npt.NDArray[np.float16]
 F32 = npt.NDArray[np.float32]
 
@@ -33,6 +34,13 @@ MAX_BITS = 8
 ALIGNMENT = 64
 DIGEST_DIGITS = 32
 FINAL_NORM = "norm.final"
+# Values of a codebook: int8 up to 6 bits, from 7 on two int8 parts (docs/numerics.md, "Wide values").
+NARROW_VALUE = 127
+WIDE_VALUE = 127 * 128 + 63
+LEAST_WIDE_BITS = 7
+# Magnitude bits of the activations: what an int8 holds, and what two int8 parts hold.
+ACTIVATION_BITS = 7
+MAX_ACTIVATION_BITS = 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +53,7 @@ class MatrixSpec:
             where the file is not rotated.
         has_bias: whether `NAME.bias` is in the file.
         planes: planes that the file holds of this matrix where they are fewer than the file's, else None.
+        has_tables: whether `NAME.tables` is in the file: every row has values of its own.
     """
 
     name: str
@@ -54,6 +63,7 @@ class MatrixSpec:
     block: int
     has_bias: bool = False
     planes: int | None = None
+    has_tables: bool = False
 
     @property
     def num_weights(self) -> int:
@@ -71,14 +81,19 @@ class MatrixSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """As in the `matrices` metadata."""
-        ceiling = {} if self.planes is None else {"planes": self.planes}
-        return {
-            "name": self.name,
-            "out": self.out_features,
-            "in": self.in_features,
-            "cols": self.cols,
-            "block": self.block,
-        } | ceiling
+        ceiling: dict[str, Any] = {} if self.planes is None else {"planes": self.planes}
+        tables = {"tables": True} if self.has_tables else {}
+        return (
+            {
+                "name": self.name,
+                "out": self.out_features,
+                "in": self.in_features,
+                "cols": self.cols,
+                "block": self.block,
+            }
+            | ceiling
+            | tables
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +108,8 @@ class PlanedMatrix:
         bias: float32 (out_features) or None.
         signs: float32 (in_features) of +1 and -1, the rotation's signs.
         outliers: weights beside the planes, in the space of the planes, or None.
+        tables: int8 (out_features, `table_columns`) where rows have values of their own, else None: those of
+            the least width, then those of the next, none below -127.
     """
 
     spec: MatrixSpec
@@ -101,6 +118,7 @@ class PlanedMatrix:
     bias: F32 | None
     signs: F32
     outliers: OutlierRows | None = None
+    tables: I8 | None = None
 
     @property
     def block(self) -> int:
@@ -110,25 +128,49 @@ class PlanedMatrix:
 
 @dataclass(frozen=True, slots=True)
 class Codebook:
-    """Values of every width: bits to int8 (2**bits,), ascending, and bits to what one step is worth."""
+    """Values of every width.
 
-    values: dict[int, I8]
+    Attributes:
+        values: bits to int8 (2**bits,), ascending; at 7 and 8 bits int16 where a value is beyond int8.
+        level_scales: bits to what one step is worth.
+        activation_bits: bits to magnitude bits of the activations, of the widths that do not have 7.
+    """
+
+    values: dict[int, I8 | I16]
     level_scales: dict[int, float]
+    activation_bits: dict[int, int] = field(default_factory=dict)
 
     @classmethod
     def from_levels(cls, levels: Mapping[str, Mapping[str, Any]]) -> Codebook:
         """Read the `levels` of the metadata: {"2": {"scale": float, "values": [int]}, ...}."""
         return cls(
-            {int(bits): np.array(level["values"], dtype=np.int8) for bits, level in levels.items()},
+            {int(bits): _integers(level["values"]) for bits, level in levels.items()},
             {int(bits): float(level["scale"]) for bits, level in levels.items()},
+            {
+                int(bits): level["activation_bits"]
+                for bits, level in levels.items()
+                if level.get("activation_bits", ACTIVATION_BITS) != ACTIVATION_BITS
+            },
         )
 
     def to_levels(self) -> dict[str, dict[str, Any]]:
         """What `from_levels` reads."""
-        return {
+        levels: dict[str, dict[str, Any]] = {
             str(bits): {"scale": self.level_scales[bits], "values": [int(value) for value in values]}
             for bits, values in sorted(self.values.items())
         }
+        for bits, magnitude_bits in self.activation_bits.items():
+            if magnitude_bits != ACTIVATION_BITS:
+                levels[str(bits)]["activation_bits"] = magnitude_bits
+        return levels
+
+    def cut(self, max_bits: int) -> Codebook:
+        """The levels up to `max_bits`."""
+        return Codebook(
+            {bits: values for bits, values in self.values.items() if bits <= max_bits},
+            {bits: scale for bits, scale in self.level_scales.items() if bits <= max_bits},
+            {bits: wide for bits, wide in self.activation_bits.items() if bits <= max_bits},
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +182,7 @@ class TaperHeader:
         sensitivity: what each matrix costs at each width, for readings at a fraction of bits.
         relative_errors: matrix name to the solver's relative output error of each width from `min_bits` up.
         rotated: whether the matrices are rotated; else every block is 1 and every sign +1.
+        tables: names of the matrices whose rows have values of their own.
     """
 
     config: ModelConfig
@@ -155,15 +198,19 @@ class TaperHeader:
     sensitivity: Sensitivity | None = None
     relative_errors: dict[str, list[float]] = field(default_factory=dict)
     rotated: bool = True
+    tables: frozenset[str] = frozenset()
 
     @property
     def matrices(self) -> list[MatrixSpec]:
         """The matrices in the order of the file, each with its ceiling."""
-        return expected_matrices(self.config, self.planes, self.rotated)
+        return expected_matrices(self.config, self.planes, self.rotated, self.tables)
 
 
 def expected_matrices(
-    config: ModelConfig, planes: Mapping[str, int] | None = None, rotated: bool = True
+    config: ModelConfig,
+    planes: Mapping[str, int] | None = None,
+    rotated: bool = True,
+    tables: frozenset[str] = frozenset(),
 ) -> list[MatrixSpec]:
     """The matrices of a model, in the order of the file.
 
@@ -171,6 +218,7 @@ def expected_matrices(
         config: the model.
         planes: ceilings of the matrices that hold fewer planes than the file.
         rotated: whether their columns are rotated.
+        tables: the matrices whose rows have values of their own.
     """
     hidden, ffn = config.hidden_size, config.intermediate_size
     specs = [_spec("embed", config.vocab_size, hidden)]
@@ -186,8 +234,19 @@ def expected_matrices(
         specs.append(_spec("head", config.vocab_size, hidden))
     ceilings = planes or {}
     return [
-        replace(spec, planes=ceilings.get(spec.name), block=spec.block if rotated else 1) for spec in specs
+        replace(
+            spec,
+            planes=ceilings.get(spec.name),
+            block=spec.block if rotated else 1,
+            has_tables=spec.name in tables,
+        )
+        for spec in specs
     ]
+
+
+def table_columns(min_bits: int, max_bits: int) -> int:
+    """Values that a row of `NAME.tables` holds: 2^b of each width b."""
+    return (2 << max_bits) - (1 << min_bits)
 
 
 def layout(
@@ -218,6 +277,10 @@ def layout(
             _place(entries, f"{spec.name}.outliers.values", "F16", (num_outliers[spec.name],))
     for spec in specs:
         _place(entries, f"{spec.name}.signs", "U8", (-(-spec.in_features // 8),))
+    for spec in specs:
+        if spec.has_tables:
+            columns = table_columns(header.min_bits, spec.width_at(header.max_bits))
+            _place(entries, f"{spec.name}.tables", "U8", (spec.out_features, columns))
     num_pads = 0
     for plane in range(header.max_bits):
         for spec in specs:
@@ -253,6 +316,11 @@ def parse_widths(text: str) -> tuple[int, int]:
     if not 1 <= widths[0] <= widths[1] <= MAX_BITS:
         raise UsageError(f"bits {text!r} are outside 1 <= MIN <= MAX <= {MAX_BITS}")
     return widths
+
+
+def _integers(values: list[int]) -> I8 | I16:
+    wide = max(values) > NARROW_VALUE or min(values) < -NARROW_VALUE
+    return np.array(values, dtype=np.int16) if wide else np.array(values, dtype=np.int8)
 
 
 def _spec(name: str, out_features: int, in_features: int, has_bias: bool = False) -> MatrixSpec:

@@ -15,10 +15,15 @@ from taper.errors import CorruptFileError, ModelNotFoundError
 from taper.formats.safetensors_header import SafetensorsHeader, TensorEntry
 from taper.formats.sensitivity import Sensitivity, checked_figures
 from taper.formats.spec import (
+    ACTIVATION_BITS,
     ALIGNMENT,
     DIGEST_DIGITS,
     FORMAT,
+    LEAST_WIDE_BITS,
+    MAX_ACTIVATION_BITS,
     MAX_BITS,
+    NARROW_VALUE,
+    WIDE_VALUE,
     Codebook,
     MatrixSpec,
     TaperHeader,
@@ -142,6 +147,7 @@ def _header(metadata: dict[str, str]) -> TaperHeader:
         provenance=_json(metadata, "provenance", dict),
         planes=planes,
         rotated=rotated,
+        tables=frozenset(matrix["name"] for matrix in matrices if "tables" in matrix),
         **_measurements(
             metadata, {spec.name: spec for spec in expected_matrices(config, planes, rotated)}, levels
         ),
@@ -158,8 +164,15 @@ def _codebook(raw: dict[str, Any], min_bits: int, max_bits: int) -> Codebook:
         _positive(f"codebook scale of {bits} bits", level["scale"])
         if not isinstance(values, list) or len(values) != 2 ** int(bits):
             raise ValueError(f"codebook of {bits} bits needs {2 ** int(bits)} values")
+        most = WIDE_VALUE if int(bits) >= LEAST_WIDE_BITS else NARROW_VALUE
         for value in values:
-            _integer(f"codebook value of {bits} bits", value, -127, 127)
+            _integer(f"codebook value of {bits} bits", value, -most, most)
+        _integer(
+            f"activation_bits of {bits} bits",
+            level.get("activation_bits", ACTIVATION_BITS),
+            1,
+            MAX_ACTIVATION_BITS,
+        )
         if values != sorted(values):
             raise ValueError(f"codebook values of {bits} bits are not in ascending order")
     return Codebook.from_levels(levels)
@@ -179,7 +192,8 @@ def _ceilings(matrices: list[Any], config: ModelConfig, levels: range, rotated: 
         if ceiling is not None:
             _integer(f"planes of {spec.name}", ceiling, levels[0], levels[-1] - 1)
             planes[spec.name] = ceiling
-        if written != replace(spec, planes=ceiling).to_dict():
+        has_tables = isinstance(written, dict) and written.get("tables") is True
+        if written != replace(spec, planes=ceiling, has_tables=has_tables).to_dict():
             raise ValueError(f"matrix {written}, but the configuration has {spec.to_dict()}")
     if len(planes) == len(matrices):
         raise ValueError(f"no matrix has the {levels[-1]} planes of the file")

@@ -26,11 +26,13 @@ from taper.formats.spec import (
     F32,
     FINAL_NORM,
     FORMAT,
+    NARROW_VALUE,
     U8,
     MatrixSpec,
     PlanedMatrix,
     TaperHeader,
     layout,
+    table_columns,
 )
 from taper.formats.validate import check_config, find_header_hash, validate
 
@@ -190,6 +192,14 @@ def _small_tensors(
             raise ValueError(f"{spec.name}: the configuration and the matrix differ about a bias")
         small[f"{spec.name}.scales"] = matrix.scales
         small[f"{spec.name}.signs"] = pack_signs(matrix.signs)
+        if (matrix.tables is not None) != spec.has_tables:
+            raise ValueError(f"{spec.name}: the header and the matrix differ about tables of its rows")
+        if matrix.tables is not None:
+            columns = table_columns(header.min_bits, spec.width_at(header.max_bits))
+            _check_array(f"{spec.name}.tables", matrix.tables, np.int8, (spec.out_features, columns))
+            if matrix.tables.min() < -NARROW_VALUE:
+                raise ValueError(f"{spec.name}.tables holds -128, outside -{NARROW_VALUE}..{NARROW_VALUE}")
+            small[f"{spec.name}.tables"] = matrix.tables
         if matrix.bias is not None:
             _check_array(f"{spec.name}.bias", matrix.bias, np.float32, (spec.out_features,))
             small[f"{spec.name}.bias"] = matrix.bias
@@ -219,7 +229,7 @@ def _outlier_tensors(spec: MatrixSpec, outliers: OutlierRows) -> dict[str, npt.N
 def _check_array(name: str, array: npt.NDArray[Any], dtype: type, shape: tuple[int, ...]) -> None:
     if array.dtype != dtype or array.shape != shape:
         raise ValueError(f"{name} is {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}")
-    if array.dtype != np.uint8 and not np.isfinite(array).all():
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise ValueError(f"{name} holds a value that is not finite")
 
 

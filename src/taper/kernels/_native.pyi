@@ -14,13 +14,24 @@ def num_threads() -> int: ...
 def set_num_threads(count: int) -> None: ...
 
 class Activations:
-    def __init__(self, q: NDArray[np.int8], scale: Float32, sum: NDArray[np.int32]) -> None: ...
+    def __init__(
+        self,
+        q: NDArray[np.int8],
+        scale: Float32,
+        sum: NDArray[np.int32],
+        low: NDArray[np.int8] | None = None,
+        low_sum: NDArray[np.int32] | None = None,
+    ) -> None: ...
     @property
     def q(self) -> NDArray[np.int8]: ...
     @property
     def scale(self) -> Float32: ...
     @property
     def sum(self) -> NDArray[np.int32]: ...
+    @property
+    def low(self) -> NDArray[np.int8] | None: ...
+    @property
+    def low_sum(self) -> NDArray[np.int32] | None: ...
     @property
     def num_tokens(self) -> int: ...
     @property
@@ -44,7 +55,7 @@ class Planes:
     def __init__(
         self,
         planes: Sequence[NDArray[np.uint8]],
-        values: Mapping[int, NDArray[np.int8]],
+        values: Mapping[int, NDArray[np.int8] | NDArray[np.int16]],
         level_scales: Mapping[int, float],
         row_scales: Float32,
         bias: Float32 | None,

@@ -81,7 +81,7 @@ def prepare(
     gain: Float32 | None = None,
     magnitude_bits: int = 7,
 ) -> _native.Activations:
-    """Turn rows into the integer activations of a linear layer: norm, rotation, int8, row by row.
+    """Turn rows into the integer activations of a linear layer: norm, rotation, rounding, row by row.
 
     Args:
         x: float32, (T, n).
@@ -90,7 +90,7 @@ def prepare(
         block: width of a rotation block.
         eps: of the RMS norm; None leaves the norm out.
         gain: float32, (n,); None multiplies nothing.
-        magnitude_bits: 1..7 bits of magnitude of each value.
+        magnitude_bits: bits of magnitude of each value: 1..7 for int8, 8..14 for two int8 parts.
     """
     return _native.prepare(
         x, cols=cols, signs=signs, block=block, eps=eps, gain=gain, magnitude_bits=magnitude_bits
@@ -100,7 +100,7 @@ def prepare(
 def prepare_swiglu(
     gate_up: Float32, *, cols: int, signs: Float32 | None, block: int, magnitude_bits: int = 7
 ) -> _native.Activations:
-    """SwiGLU of (T, 2n), gate first, then rotation and int8 as `prepare` does; `cols` is `padded_cols(n)`."""
+    """SwiGLU of (T, 2n), gate first, then rotation, rounding as in `prepare`; `cols` is `padded_cols(n)`."""
     return _native.prepare_swiglu(gate_up, cols=cols, signs=signs, block=block, magnitude_bits=magnitude_bits)
 
 

@@ -17,11 +17,14 @@ _LEAST_EXPONENT = -100
 
 @dataclass(frozen=True, slots=True)
 class OracleActivations:
-    """What `taper.kernels.Activations` holds: q int8 (T, cols), scale float32 (T,), sum int32 (T,)."""
+    """What `taper.kernels.Activations` holds: q int8 (T, cols), scale float32 (T,), sum int32 (T,), and the
+    same of the low parts, which are None for at most 7 magnitude bits."""
 
     q: NDArray[np.int8]
     scale: Float32
     sum: NDArray[np.int32]
+    low: NDArray[np.int8] | None = None
+    low_sum: NDArray[np.int32] | None = None
 
 
 def fma(x: Any, y: Any, z: Any) -> Float32:
@@ -116,9 +119,9 @@ def rotate(x: Float32, signs: Float32, block: int, inverse: bool = False) -> Flo
 
 
 def quantize(x: Float32, cols: int, magnitude_bits: int = 7) -> OracleActivations:
-    """Turn rows (T, n) into int8 with one power-of-two scale each."""
+    """Turn rows (T, n) into integers with one power-of-two scale each, in two int8 parts above 7 bits."""
     tokens, n = x.shape
-    q = np.zeros((tokens, cols), np.int8)
+    q = np.zeros((tokens, cols), np.int32)
     scale = np.ones(tokens, np.float32)
     limit = 2**magnitude_bits - 1
     for t in range(tokens):
@@ -131,7 +134,12 @@ def quantize(x: Float32, cols: int, magnitude_bits: int = 7) -> OracleActivation
                 e += 1
             q[t, :n] = np.rint(np.ldexp(x[t].astype(np.float64), -e))
             scale[t] = np.ldexp(np.float32(1), e)
-    return OracleActivations(q, scale, q.sum(axis=1, dtype=np.int32))
+    if magnitude_bits <= 7:
+        return OracleActivations(q.astype(np.int8), scale, q.sum(axis=1, dtype=np.int32))
+    high = (q + 128) // 256
+    low = q - 256 * high
+    sums = (part.sum(axis=1, dtype=np.int32) for part in (high, low))
+    return OracleActivations(high.astype(np.int8), scale, next(sums), low.astype(np.int8), next(sums))
 
 
 def prepare(
@@ -195,8 +203,14 @@ def unpack_codes(planes: Sequence[NDArray[np.uint8]], bits: int, in_features: in
     return codes[:, :in_features]
 
 
+def integers(activations: OracleActivations) -> NDArray[np.int64]:
+    """The activations (T, cols), their parts put together."""
+    high = activations.q.astype(np.int64)
+    return high if activations.low is None else 256 * high + activations.low
+
+
 def matmul(
-    values: NDArray[np.int8],
+    values: NDArray[np.int8] | NDArray[np.int16],
     activations: OracleActivations,
     *,
     level_scale: float,
@@ -204,9 +218,9 @@ def matmul(
     bias: Float32 | None = None,
     residual: Float32 | None = None,
 ) -> Float32:
-    """A linear layer over the int8 values (N, K) of a level, K the width before padding."""
-    q = activations.q[:, : values.shape[1]].astype(np.int32)
-    acc = (q @ values.astype(np.int32).T).astype(np.float32)
+    """A linear layer over the integer values (N, K) of a level, K the width before padding."""
+    q = integers(activations)[:, : values.shape[1]]
+    acc = (q @ values.astype(np.int64).T).astype(np.float32)
     alpha = activations.scale * np.float32(level_scale)
     y = acc * (row_scale[None, :] * alpha[:, None])
     if bias is not None:
@@ -222,19 +236,21 @@ def add_outliers(
     values: NDArray[np.float16],
 ) -> Float32:
     """out (T, N) plus the outliers' product: one term after another, then times the token's scale."""
-    result = out.copy()
+    result, q = out.copy(), integers(activations).astype(np.float32)
     for row in range(out.shape[1]):
         span = slice(starts[row], starts[row + 1])
         total = np.zeros(len(out), np.float32)
         for column, value in zip(columns[span], values[span], strict=True):
-            total = total + np.float32(value) * activations.q[:, column].astype(np.float32)
+            total = total + np.float32(value) * q[:, column]
         if span.start < span.stop:
             result[:, row] = result[:, row] + total * activations.scale
     return result
 
 
-def dequantize_rows(values: NDArray[np.int8], level_scale: float, row_scale: Float32) -> Float32:
-    """Rows of int8 values as float32."""
+def dequantize_rows(
+    values: NDArray[np.int8] | NDArray[np.int16], level_scale: float, row_scale: Float32
+) -> Float32:
+    """Rows of integer values as float32."""
     return values.astype(np.float32) * (row_scale * np.float32(level_scale))[:, None]
 
 

@@ -13,11 +13,13 @@ from taper.kernels import _native
 #
 # Planes(planes, values, level_scales, row_scales, bias, in_features): a weight matrix. planes: uint8
 # (N, cols / 8) each, most significant first, kept alive, read-only memory maps welcome. values: bits -> int8
-# (2**bits,) for consecutive widths; widths above len(planes) may be there (a truncated file) and cannot be
-# read. row_scales: float32, (1, N) or one row per width in `values`. bias: float32 (N,) or None. Raises
-# TypeError or ValueError for anything else.
+# (2**bits,), or int8 (N, 2**bits) where every row has its own (kept alive, rows may lie apart), or at 7 and 8
+# bits int16 (2**bits,) within +-16319, for consecutive widths; widths above len(planes) may be there (a
+# truncated file) and cannot be read. row_scales: float32, (1, N) or one row per width in `values`. bias:
+# float32 (N,) or None. Raises TypeError or ValueError for anything else.
 #
-# Activations(q, scale, sum): int8 rows (T, cols) with a scale and a sum each; copies what it is given.
+# Activations(q, scale, sum, low=None, low_sum=None): int8 rows (T, cols) with a scale and a sum each; with
+# `low`, an activation is 256 * q + low. Copies what it is given.
 Planes = _native.Planes
 Activations = _native.Activations
 # Outliers(starts, columns, values, in_features): weights beside the planes in compressed rows. starts: int32

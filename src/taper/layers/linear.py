@@ -6,9 +6,10 @@ call with the rotation and the quantisation of the activations.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +18,8 @@ import numpy.typing as npt
 from taper.kernels import Activations, Outliers, Planes, prepare, prepare_swiglu, rms_norm, swiglu
 
 F32 = npt.NDArray[np.float32]
+
+_INT8_BITS = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,29 +66,45 @@ class Linear(Protocol):
 
 
 class PlanedLinear:
-    """A matrix as nested bit planes, multiplied in integers with int8 activations (docs/numerics.md)."""
+    """A matrix as nested bit planes, multiplied in integers with integer activations (docs/numerics.md).
+
+    Args:
+        planes: the matrix.
+        rotation: of its input side.
+        before: the step before the product.
+        outliers: weights beside the planes.
+        activation_bits: magnitude bits of the activations at each width; int8's 7 where it says nothing.
+    """
 
     def __init__(
-        self, planes: Planes, rotation: Rotation, before: Before = None, outliers: Outliers | None = None
+        self,
+        planes: Planes,
+        rotation: Rotation,
+        before: Before = None,
+        outliers: Outliers | None = None,
+        activation_bits: Mapping[int, int] = MappingProxyType({}),
     ) -> None:
         self.in_features = planes.in_features
         self.out_features = planes.out_features
         self._planes_bytes = planes.bytes_read
         self._matmul = planes.matmul
         self.product_input = _product_input(before)
-        self._prepare = _preparation(planes.cols, rotation, before)
+        self._prepare = {
+            bits: _preparation(planes.cols, rotation, before, activation_bits.get(bits, _INT8_BITS))
+            for bits in range(planes.min_bits, planes.max_bits + 1)
+        }
         self._outliers = outliers
 
     def __call__(self, x: F32, bits: int, residual: F32 | None = None) -> F32:
         """See `Linear`; `bits` is within the planes' min_bits..max_bits."""
-        activations = self._prepare(x)
+        activations = self._prepare[bits](x)
         y = self._matmul(activations, bits, residual)
         if self._outliers is not None:
             self._outliers.add_product(activations, y)
         return y
 
     def bytes_read(self, bits: int) -> int:
-        """See `Linear`: planes, row scales and outliers."""
+        """See `Linear`: planes, row scales, tables and outliers."""
         outliers = 0 if self._outliers is None else self._outliers.num_bytes
         return self._planes_bytes(bits) + outliers
 
@@ -114,11 +133,17 @@ class FloatLinear:
         return self._bytes
 
 
-def _preparation(cols: int, rotation: Rotation, before: Before) -> Callable[[F32], Activations]:
-    if isinstance(before, Swiglu):
-        return partial(prepare_swiglu, cols=cols, signs=rotation.signs, block=rotation.block)
-    norm = partial(prepare, cols=cols, signs=rotation.signs, block=rotation.block)
-    return norm if before is None else partial(norm, eps=before.eps, gain=before.gain)
+def _preparation(
+    cols: int, rotation: Rotation, before: Before, magnitude_bits: int
+) -> Callable[[F32], Activations]:
+    made = partial(
+        prepare_swiglu if isinstance(before, Swiglu) else prepare,
+        cols=cols,
+        signs=rotation.signs,
+        block=rotation.block,
+        magnitude_bits=magnitude_bits,
+    )
+    return partial(made, eps=before.eps, gain=before.gain) if isinstance(before, Norm) else made
 
 
 def _product_input(before: Before) -> Callable[[F32], F32]:

@@ -12,7 +12,7 @@ from taper.config import ModelConfig
 from taper.formats.container import TaperFile
 from taper.formats.huggingface import HfCheckpoint
 from taper.formats.sensitivity import Sensitivity
-from taper.formats.spec import MatrixSpec
+from taper.formats.spec import MatrixSpec, PlanedMatrix, table_columns
 from taper.kernels import Outliers, Planes
 from taper.layers.attention import Attention
 from taper.layers.embedding import Embedding, FloatEmbedding, PlanedEmbedding
@@ -70,7 +70,7 @@ def planed_parts(file: TaperFile, ceilings: Mapping[str, int] | None = None) -> 
 
     def linear(name: str, before: Before) -> Linear:
         planes, rotation, outliers = matrices[name]
-        return PlanedLinear(planes, rotation, before, outliers)
+        return PlanedLinear(planes, rotation, before, outliers, file.codebook.activation_bits)
 
     head_name = "embed" if config.tie_word_embeddings else "head"
     return Parts(
@@ -127,12 +127,20 @@ def _blocks(config: ModelConfig, linear: Callable[[str, Before], Linear]) -> tup
     )
 
 
+def _values(file: TaperFile, matrix: PlanedMatrix, bits: int) -> npt.NDArray[np.int8] | npt.NDArray[np.int16]:
+    """The codebook's values of a width, or those of each row."""
+    if matrix.tables is None:
+        return file.codebook.values[bits]
+    begin = table_columns(file.min_bits, bits - 1)
+    return matrix.tables[:, begin : begin + 2**bits]
+
+
 def _planes(file: TaperFile, name: str, width: int) -> tuple[Planes, Rotation, Outliers | None]:
     matrix = file.matrix(name)
     levels = range(file.min_bits, width + 1)
     planes = Planes(
         planes=list(matrix.planes[:width]),
-        values={bits: file.codebook.values[bits] for bits in levels},
+        values={bits: _values(file, matrix, bits) for bits in levels},
         level_scales={bits: file.codebook.level_scales[bits] for bits in levels},
         row_scales=matrix.scales[: len(levels)].astype(np.float32),
         bias=matrix.bias,
