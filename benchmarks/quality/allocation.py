@@ -148,7 +148,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--bits", type=int, nargs=2, default=(2, 6), metavar=("MIN", "MAX"))
     parser.add_argument("--budgets", type=float, nargs="+", default=(2.5, 3.0, 3.5, 4.0, 4.5), metavar="B")
     parser.add_argument("--protocol", choices=PROTOCOLS, default=PROTOCOLS[0])
-    parser.add_argument("--blocks", type=int, default=16, help="blocks, evenly spaced over the text")
+    parser.add_argument("--blocks", type=int, default=24, help="blocks, evenly spaced over the text")
     parser.add_argument("--calibration-tokens", type=int, default=QuantizeOptions().calibration_tokens)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()

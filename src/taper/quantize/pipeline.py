@@ -156,8 +156,7 @@ def quantize(
             job.write(out, provenance, card or {}, policies or {})
         else:
             whole = shards.path / _WHOLE_FILE
-            if not whole.is_file():
-                job.write(whole, provenance, card or {}, policies or {})
+            job.write(whole, provenance, card or {}, policies or {})
             text = "own text" if calibration is None else Path(calibration).name
             finish(whole, out, tokens, text, options.budget, shards, meter.measure)
         if after_write is not None:
