@@ -23,6 +23,8 @@ def test_the_likeliest_choice_and_the_likeliest_per_character() -> None:
     assert choose(item, [score(-4), score(-8)]) == (0, 1)
     assert choose(item, [score(-2), score(-8)]) == (0, 0)
     assert choose(item, [score(-3), score(-3)]) == (0, 1)
+    # -2 / 1 < -5 / 3; counting the spaces would make it -2 / 2 > -5 / 4.
+    assert choose(Item("x", (" a", " abc"), 0), [score(-2), score(-5)]) == (0, 1)
     single = Item("x", (" a",), 0)
     assert choose(single, [score(-1, True)]) == (0, 0)
     assert choose(single, [score(-1, False)]) == (-1, -1)

@@ -59,7 +59,7 @@ def test_a_list_and_xz_and_evenly_spaced_items(tmp_path: Path) -> None:
         ('{"a": 1}', "item 1: its fields are of no known format"),
         ("[1]", "item 1: its fields"),
         ('{"context": "x", "choices": ["a"], "answer": 1}', "item 1: its answer, choices, context make no"),
-        ('{"context": "x", "choices": ["a", ""], "answer": 0}', "make no question"),
+        ('{"context": "x", "choices": ["a", " "], "answer": 0}', "make no question"),
         ('{"context": "x", "choices": "ab", "answer": 0}', "make no question"),
         ('{"context": "x", "choices": ["a", "b"], "answer": true}', "make no question"),
         ('{"text": "word"}', "its text make no question"),

@@ -93,7 +93,7 @@ def _item(path: Path, number: int, row: Any) -> Item:
 
 
 def _is_sound(item: Item) -> bool:
-    is_text = isinstance(item.context, str) and all(isinstance(c, str) and c for c in item.choices)
+    is_text = isinstance(item.context, str) and all(isinstance(c, str) and c.strip() for c in item.choices)
     return is_text and type(item.answer) is int and 0 <= item.answer < len(item.choices)
 
 
