@@ -37,7 +37,7 @@ class OurReading:
 def reading_bytes(
     entries: Mapping[str, TensorEntry], matrices: Sequence[MatrixSpec], widths: Mapping[str, int]
 ) -> int:
-    """Bytes of the tensors that a reading takes: planes, one row of scales a matrix, signs, biases, norms.
+    """Bytes of the tensors that a reading takes: planes, scales and tables of its widths, and all small ones.
 
     That is the rule by which a GGUF file's tensors are counted: everything that the weights' values come
     from; neither vocabulary nor metadata, nor padding between tensors.
@@ -48,14 +48,18 @@ def reading_bytes(
         widths: matrix name to planes read.
     """
     planes = sum(widths[spec.name] * spec.plane_bytes for spec in matrices)
-    return planes + sum(_small_bytes(entry) for entry in entries.values())
+    return planes + sum(_small_bytes(entry, widths) for entry in entries.values())
 
 
-def _small_bytes(entry: TensorEntry) -> int:
-    if entry.name.startswith("pad.") or re.search(r"\.plane[0-9]+$", entry.name):
+def _small_bytes(entry: TensorEntry, widths: Mapping[str, int]) -> int:
+    matrix, _, kind = entry.name.rpartition(".")
+    if matrix == "pad" or re.fullmatch(r"plane[0-9]+", kind):
         return 0
-    # Scales have a row per width, of which a reading takes one.
-    return entry.num_bytes // entry.shape[0] if entry.name.endswith(".scales") else entry.num_bytes
+    if kind == "scales":  # a row for each width
+        return entry.num_bytes // entry.shape[0]
+    if kind == "tables":  # int8, in every row the 2^b values of each width
+        return entry.shape[0] << widths[matrix]
+    return entry.num_bytes
 
 
 def budgets(min_bits: int, max_bits: int, fractions: bool) -> list[float]:

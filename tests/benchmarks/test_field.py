@@ -17,7 +17,7 @@ from readings import OurFile, budgets, largest_fitting, reading_bytes
 from taper.evaluate import WidthResult
 from taper.formats.container import TaperFile
 from taper.formats.huggingface import HfCheckpoint
-from taper.formats.safetensors_header import read_header
+from taper.formats.safetensors_header import TensorEntry, read_header
 from taper.testing.tiny import tiny_config, tiny_hf_dir, tiny_taper
 
 
@@ -156,6 +156,21 @@ def test_bytes_of_a_reading_are_planes_one_row_of_scales_signs_and_norm(tmp_path
         planes = sum(entries[f"{spec.name}.plane{plane}"].num_bytes for plane in range(widths[spec.name]))
         expected += planes + 2 * spec.out_features + -(-spec.in_features // 8)
     assert reading_bytes(entries, file.matrices, widths) == expected
+
+
+def test_tables_count_at_the_width_read_and_outliers_whole(tmp_path: Path):
+    file = TaperFile.open(tiny_taper(tmp_path / "tiny.taper"))
+    entries = read_header(file.path).entries
+    widths = {spec.name: 3 for spec in file.matrices}
+    plain = reading_bytes(entries, file.matrices, widths)
+    rows_of_embed = file.matrices[0].out_features
+    columns = 4 + 8 + 16
+    extra = (
+        TensorEntry("embed.tables", "U8", (rows_of_embed, columns), 0, rows_of_embed * columns),
+        TensorEntry("embed.outliers.values", "F16", (7,), 0, 14),
+    )
+    added = entries | {entry.name: entry for entry in extra}
+    assert reading_bytes(added, file.matrices, widths) == plain + 8 * rows_of_embed + 14
 
 
 def test_reading_within_a_limit_holds_its_planes_only(tmp_path: Path):
