@@ -50,6 +50,13 @@ def test_quantize_measures_every_width(taper, tmp_path, folder, text):
     shown = taper("inspect", out).out
     assert "127 tokens scored; 381 tokens of text.txt, not calibrated on; against hf" in shown
     assert "99.9 %" in shown
+    options = ("--text", text, "--against", folder, "--max-blocks", "2")
+    outcome = taper("eval", out, *options, "--bits", "2,2.5", "--generation", "1", "--write-card")
+    assert outcome.status == 0, outcome.err
+    widths = TaperFile.open(out, verify=True).card["widths"]
+    assert [width["bits"] for width in widths] == [2, 2.5]
+    assert 2 < widths[1]["bits_per_weight"] <= 2.5
+    assert widths[0]["total_bytes"] < widths[1]["total_bytes"] < out.stat().st_size
 
 
 def test_stopped_in_the_card_then_resumed_gives_the_same_bytes(taper, tmp_path, folder, text, monkeypatch):

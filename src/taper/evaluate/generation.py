@@ -17,7 +17,7 @@ from taper.evaluate.statistics import Estimate, mean_of_blocks
 from taper.formats.text import read_text
 from taper.models import Decoder
 from taper.models.parts import FLOAT_BITS
-from taper.precision import parse_policy
+from taper.precision import Fixed
 from taper.tokenizer import Tokenizer
 
 Int32 = NDArray[np.int32]
@@ -97,7 +97,7 @@ def measure_generation(
     def continued(source: Decoder, width: float) -> list[tuple[int, ...]]:
         nonlocal done
         engine = Engine(source, tokenizer)
-        policy = parse_policy(f"fixed:{width}", source.min_bits, source.max_bits)
+        policy = Fixed(width)
         found = []
         for prompt in prompts:
             request = Request([int(token) for token in prompt], policy, max_tokens=new_tokens)

@@ -19,6 +19,7 @@ from taper.errors import UsageError
 from taper.evaluate.likelihood import Scorer
 from taper.evaluate.perplexity import checked_widths, open_model
 from taper.evaluate.requests import GENERATION_TOKENS, generation_options
+from taper.precision import Fixed
 
 try:
     from lm_eval.api.model import LM
@@ -99,7 +100,7 @@ class TaperLM(LM):  # type: ignore[misc, unused-ignore]
         room = self._llm.engine.model.context_length - options["max_tokens"]
         if len(ids) > room:
             _log.warning("a prompt lost its first %d tokens to fit the model's context", len(ids) - room)
-        return self._llm.generate(ids[-room:], policy=f"fixed:{self.bits}", **options).text
+        return self._llm.generate(ids[-room:], policy=Fixed(self.bits), **options).text
 
     def _all(self, kind: str, requests: Sequence[Any], answer: Callable[[Any], Any]) -> list[Any]:
         """Answer every request in order, and let the harness's cache know each answer at once."""
