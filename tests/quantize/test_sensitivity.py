@@ -11,8 +11,10 @@ import pytest
 from taper.errors import CorruptFileError, DoesNotFitError, UsageError
 from taper.formats.container import TaperFile
 from taper.formats.huggingface import HfCheckpoint
+from taper.formats.outliers import OutlierRows
 from taper.formats.sensitivity import Sensitivity
-from taper.formats.writer import rewrite_header
+from taper.formats.spec import FINAL_NORM
+from taper.formats.writer import rewrite_header, write_taper
 from taper.models import Decoder
 from taper.quantize import Budget, QuantizeOptions, Shrinker, SolverOptions, StoppedError, quantize
 from taper.quantize import sensitivity as measuring
@@ -169,6 +171,48 @@ def test_a_cut_file_reads_as_the_whole_one_under_its_ceilings(tmp_path: Path) ->
     np.testing.assert_array_equal(distributions(Decoder.from_taper(cut), cut.max_bits), expected)
     low = Decoder.from_taper(cut)
     assert low.bits_per_weight(2.5) <= 2.5
+
+
+def test_tables_outliers_and_scales_of_widths_are_cut_too(tmp_path: Path) -> None:
+    """A row of its own scales for each width, rows with tables of their own, outliers beside the planes."""
+    plain = measured(tmp_path / "plain.taper")
+    random = np.random.default_rng(1)
+    header = replace(plain.header, tables=frozenset({"layers.0.o"}))
+    matrices = []
+    for spec in header.matrices:
+        matrix = plain.matrix(spec.name)
+        factors = random.uniform(0.9, 1.1, (5, 1))
+        tables = np.sort(random.integers(-127, 128, (spec.out_features, 2**7 - 4)), axis=1).astype(np.int8)
+        starts = np.minimum(np.arange(spec.out_features + 1, dtype=np.int32), 3)
+        columns, values = np.array([1, 2, 3], np.uint16), np.array([0.5, -0.5, 0.25], np.float16)
+        matrices.append(
+            replace(
+                matrix,
+                spec=spec,
+                scales=(matrix.scales * factors).astype(np.float16),
+                tables=tables if spec.has_tables else None,
+                outliers=OutlierRows(starts, columns, values) if spec.name == "layers.1.down" else None,
+            )
+        )
+    write_taper(tmp_path / "whole.taper", header, matrices, {FINAL_NORM: plain.tensor(FINAL_NORM)})
+    whole = TaperFile.open(tmp_path / "whole.taper")
+    target = whole.bytes_at(4)
+    shrinker = Shrinker(whole, Budget(target_bytes=target))
+    allocation = shrinker.fit()
+    shrinker.write(tmp_path / "cut.taper", allocation.widths)
+    cut = TaperFile.open(tmp_path / "cut.taper", verify=True)
+    assert cut.file_bytes == allocation.file_bytes <= target
+    assert 2 < allocation.widths["layers.0.o"] < 6
+    for name, bits in allocation.widths.items():
+        kept, all_of_it = cut.matrix(name), whole.matrix(name)
+        assert len(kept.planes) == bits
+        np.testing.assert_array_equal(kept.scales, all_of_it.scales[: bits - 1])
+        assert (kept.outliers is None) == (name != "layers.1.down")
+    np.testing.assert_array_equal(cut.matrix("layers.1.down").outliers.values, values)  # type: ignore[union-attr]
+    # 4 values of 2 bits, 8 of 3 bits and so on.
+    columns_kept = 2 ** (allocation.widths["layers.0.o"] + 1) - 4
+    tables, kept_tables = (file.matrix("layers.0.o").tables for file in (whole, cut))
+    np.testing.assert_array_equal(kept_tables, tables[:, :columns_kept])  # type: ignore[index]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.77, 1.0])

@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from taper.errors import CorruptFileError, DoesNotFitError, UsageError
 from taper.formats.container import TaperFile
 from taper.formats.sensitivity import Sensitivity
-from taper.formats.spec import FINAL_NORM, Codebook, PlanedMatrix, TaperHeader
+from taper.formats.spec import FINAL_NORM, PlanedMatrix, TaperHeader, table_columns
 from taper.formats.writer import described_bytes, write_taper
 from taper.precision import parse_policy
 from taper.precision.allocation import allocate, bits_per_weight, predicted_loss
@@ -172,15 +174,11 @@ class Shrinker:
 
     def _header(self, widths: Mapping[str, int]) -> TaperHeader:
         old, low, high = self._file.header, self._file.min_bits, max(widths.values())
-        levels = range(low, high + 1)
         num_widths = {name: bits - low + 1 for name, bits in widths.items()}
         return replace(
             old,
             max_bits=high,
-            codebook=Codebook(
-                {bits: old.codebook.values[bits] for bits in levels},
-                {bits: old.codebook.level_scales[bits] for bits in levels},
-            ),
+            codebook=old.codebook.cut(high),
             planes={name: bits for name, bits in widths.items() if bits < high},
             card={},
             policies={name: text for name, text in old.policies.items() if _fits(text, low, high)},
@@ -193,7 +191,10 @@ class Shrinker:
         for spec in header.matrices:
             matrix, width = self._file.matrix(spec.name), spec.width_at(header.max_bits)
             scales = matrix.scales[: width - header.min_bits + 1]
-            yield replace(matrix, spec=spec, planes=matrix.planes[:width], scales=scales)
+            tables = matrix.tables
+            if tables is not None:
+                tables = np.ascontiguousarray(tables[:, : table_columns(header.min_bits, width)])
+            yield replace(matrix, spec=spec, planes=matrix.planes[:width], scales=scales, tables=tables)
 
 
 def _fits(policy: str, min_bits: int, max_bits: int) -> bool:
