@@ -1,10 +1,12 @@
 """What each step of the quantiser buys: perplexity of one checkpoint, quantised in several ways.
 
-    python benchmarks/quality/ablation.py HF_DIR --calibration TEXT --text TEXT
+    python benchmarks/quality/ablation.py HF_DIR --calibration TEXT --text TEXT [--variants papers]
 
-Every variant is written as a file and read back by the engine. The table compares with the float checkpoint
-over the same blocks; its last row runs the float weights over the engine's int8 activations, the floor of any
-width. The last line of the output is JSON.
+The groups of variants: `steps` of the solver one after another, `importance` of the widths, each width
+`alone` without nesting, the codebooks of the `papers`. Every variant is written as a file, whose size the
+table gives (of all its files where each width has one), and read back by the engine. The table compares with
+the float checkpoint over the same blocks; its last row runs the float weights over the engine's int8
+activations, the floor of any width. The last line of the output is JSON.
 """
 
 from __future__ import annotations
@@ -14,10 +16,11 @@ import dataclasses
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,10 +34,14 @@ from taper.layers.linear import FloatLinear
 from taper.models import Decoder
 from taper.models.parts import FLOAT_BITS, Parts, float_parts
 from taper.quantize import QuantizeOptions, SolverOptions, quantize
+from taper.quantize.fisher import FisherFile
+from taper.quantize.methods import MethodOptions
 from taper.tokenizer import Tokenizer
 
 DEFAULT = SolverOptions()
 WIDTHS = (2, 3, 4, 6)
+GROUPS = ("steps", "importance", "alone", "papers")
+OUTLIERS = 0.0045  # SqueezeLLM: 0.05 % by sensitivity and 0.40 % by magnitude
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,23 +53,61 @@ class Variant:
     widths: tuple[int, ...]
 
 
-def variants(bits: tuple[int, int], tokens: int, seed: int) -> Iterator[Variant]:
-    """The steps one after another, then other weights of the widths, then each width without nesting."""
-
-    def options(planes: tuple[int, int] = bits, **changes: object) -> QuantizeOptions:
-        solver = dataclasses.replace(DEFAULT, **changes)  # type: ignore[arg-type]
-        return QuantizeOptions(planes, tokens, seed, solver)
-
+def variants(
+    bits: tuple[int, int], tokens: int, seed: int, groups: Sequence[str], fisher: FisherFile | None
+) -> Iterator[Variant]:
+    """The variants of the groups; of all, only the default is in each, and comes once."""
     widths = tuple(width for width in WIDTHS if bits[0] <= width <= bits[1])
+    base = QuantizeOptions(bits, tokens, seed)
+    default = Variant(
+        f"default: {DEFAULT.passes} passes, importance {DEFAULT.importance_base:g}^b", base, widths
+    )
+    if "steps" in groups:
+        yield from solver_steps(base, widths)
+    yield default
+    if "importance" in groups:
+        for importance in (1.0, 2.0, 4.0):
+            if importance != DEFAULT.importance_base:
+                solver = dataclasses.replace(DEFAULT, importance_base=importance)
+                options = dataclasses.replace(base, solver=solver)
+                yield Variant(f"default, importance {importance:g}^b", options, widths)
+    if "alone" in groups:
+        for width in widths:
+            yield Variant(f"{width} bits alone", dataclasses.replace(base, bits=(width, width)), (width,))
+    if "papers" in groups:
+        yield from papers(base, widths, fisher)
+
+
+def solver_steps(base: QuantizeOptions, widths: tuple[int, ...]) -> Iterator[Variant]:
+    """The solver with one step after another."""
+
+    def options(**changes: Any) -> QuantizeOptions:
+        return dataclasses.replace(base, solver=dataclasses.replace(DEFAULT, **changes))
+
     yield Variant("nearest codes", options(feedback=False, passes=0, refit_scales=False), widths)
     yield Variant("error feedback", options(passes=0, refit_scales=False), widths)
     yield Variant("+ scales per width", options(passes=0), widths)
-    yield Variant(f"+ {DEFAULT.passes} passes (default)", options(), widths)
-    for base in (1.0, 2.0, 4.0):
-        if base != DEFAULT.importance_base:
-            yield Variant(f"default, importance {base:g}^b", options(importance_base=base), widths)
-    for width in widths:
-        yield Variant(f"{width} bits alone", options((width, width)), (width,))
+
+
+def papers(base: QuantizeOptions, widths: tuple[int, ...], fisher: FisherFile | None) -> Iterator[Variant]:
+    """The codebooks of the papers, row tables by the diagonal Fisher too where its file is given."""
+
+    def options(codebook: str, method: str | None = None, outliers: float = 0.0) -> QuantizeOptions:
+        return dataclasses.replace(base, method=MethodOptions(codebook, method, outliers))
+
+    for codebook in ("uniform", "shared"):
+        yield Variant(f"nearest, {codebook}", options(codebook, "nearest"), widths)
+    for codebook in ("uniform", "shared"):
+        for width in widths:
+            alone = dataclasses.replace(options(codebook, "gptq"), bits=(width, width))
+            yield Variant(f"GPTQ, {codebook}, a file a width", alone, (width,))
+    for name, codebook in (("row tables, greedy", "row-greedy"), ("row tables, joint", "row")):
+        yield Variant(name, options(codebook), widths)
+        if fisher is not None:
+            weighed = dataclasses.replace(options(codebook), fisher=fisher)
+            yield Variant(f"{name}, Fisher", weighed, widths)
+    yield Variant(f"row tables, joint, {OUTLIERS:.2%} outliers", options("row", outliers=OUTLIERS), widths)
+    yield Variant(f"default, {OUTLIERS:.2%} outliers", options("shared", outliers=OUTLIERS), widths)
 
 
 def int8_activations(parts: Parts, seed: int) -> Parts:
@@ -94,7 +139,15 @@ def evenly_spaced(blocks: Blocks, count: int) -> Blocks:
     return dataclasses.replace(blocks, tokens=blocks.tokens[chosen])
 
 
-def run(arguments: argparse.Namespace) -> tuple[PerplexityReport, list[tuple[str, list[WidthResult]]]]:
+@dataclass(slots=True)
+class Row:
+    """A variant's results and the bytes of its files."""
+
+    file_bytes: int = 0
+    results: list[WidthResult] = field(default_factory=list)
+
+
+def run(arguments: argparse.Namespace) -> tuple[PerplexityReport, dict[str, Row]]:
     """Quantise, read and group the results by variant."""
     checkpoint = HfCheckpoint.open(arguments.hf_dir)
     reference = Decoder.from_hf(checkpoint)
@@ -102,40 +155,44 @@ def run(arguments: argparse.Namespace) -> tuple[PerplexityReport, list[tuple[str
     blocks = cut(read_text(arguments.text), tokenizer, reference.context_length, arguments.protocol)
     blocks = evenly_spaced(blocks, arguments.blocks)
     readers, names = [Reader(reference, FLOAT_BITS)], []
+    rows: dict[str, Row] = {}
+    fisher = None if arguments.fisher is None else FisherFile(arguments.fisher)
     with tempfile.TemporaryDirectory() as folder:
         for index, variant in enumerate(
-            variants(arguments.bits, arguments.calibration_tokens, arguments.seed)
+            variants(arguments.bits, arguments.calibration_tokens, arguments.seed, arguments.variants, fisher)
         ):
             path = Path(folder) / f"{index}.taper"
             made = quantize(
                 arguments.hf_dir, path, calibration=arguments.calibration, options=variant.options
             )
             print(f"{variant.name}: {made.seconds:.0f} s", file=sys.stderr)
+            rows.setdefault(variant.name, Row()).file_bytes += path.stat().st_size
             decoder = Decoder.from_taper(TaperFile.open(path))
             readers += [Reader(decoder, width) for width in variant.widths]
             names += [variant.name] * len(variant.widths)
         readers.append(Reader(Decoder(int8_activations(float_parts(checkpoint), arguments.seed)), FLOAT_BITS))
         names.append("float weights, int8 activations")
         report = measure_blocks(readers, blocks, True, _progress)
-    grouped: dict[str, list[WidthResult]] = {}
     for name, result in zip(names, report.results[1:], strict=True):
-        grouped.setdefault(name, []).append(result)
-    return report, list(grouped.items())
+        rows.setdefault(name, Row()).results.append(result)
+    return report, rows
 
 
 def _progress(done: int, total: int, left_s: float) -> None:
     print(f"\rblock {done} of {total}, {left_s:.0f} s left ", end="", file=sys.stderr, flush=True)
 
 
-def table(rows: list[tuple[str, list[WidthResult]]]) -> str:
+def table(rows: dict[str, Row]) -> str:
     """Markdown: for every width the increase of perplexity, and the KL divergence in brackets."""
-    lines = ["| variant | " + " | ".join(f"{width} bits" for width in WIDTHS) + " |", "|---" * 5 + "|"]
-    for name, results in rows:
-        by_bits = {result.bits: result for result in results}
+    titles = [f"{width} bits" for width in WIDTHS]
+    lines = ["| " + " | ".join(["variant", *titles, "MB"]) + " |", "|---" * (len(titles) + 2) + "|"]
+    for name, row in rows.items():
+        by_bits = {result.bits: result for result in row.results}
         cells = [_cell(by_bits[width]) if width in by_bits else "" for width in WIDTHS]
         if FLOAT_BITS in by_bits:
             cells[-1] = _cell(by_bits[FLOAT_BITS])
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        size = f"{row.file_bytes / 1e6:.2f}" if row.file_bytes else ""
+        lines.append("| " + " | ".join([name, *cells, size]) + " |")
     return "\n".join(lines)
 
 
@@ -156,6 +213,8 @@ def main() -> int:
     parser.add_argument("--blocks", type=int, default=40, help="blocks, evenly spaced over the text")
     parser.add_argument("--calibration-tokens", type=int, default=QuantizeOptions().calibration_tokens)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--variants", choices=GROUPS, nargs="+", default=GROUPS, help="groups to run")
+    parser.add_argument("--fisher", metavar="FILE", help="of taper.quantize.fisher, for row tables")
     arguments = parser.parse_args()
     arguments.bits = tuple(arguments.bits)
     try:
@@ -176,7 +235,7 @@ def main() -> int:
         "seed": arguments.seed,
         "label": report.label,
         "float": dataclasses.asdict(reference),
-        "variants": {name: [dataclasses.asdict(result) for result in results] for name, results in rows},
+        "variants": {name: dataclasses.asdict(row) for name, row in rows.items()},
     }
     print(json.dumps(record))
     return 0

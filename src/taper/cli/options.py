@@ -45,7 +45,23 @@ class FileSize(click.ParamType[int]):
         return int(float(found[1]) * _UNITS[(found[2] or "").upper()])
 
 
+class Share(click.ParamType[float]):
+    """A share in percent or as a number, as in 0.45% or 0.0045."""
+
+    name = "SHARE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The share as a number."""
+        if isinstance(value, float):
+            return value
+        found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?(%?)", str(value), re.ASCII)
+        if found is None:
+            self.fail(f"{value!r} is not a share, as in 0.45% or 0.0045", param, ctx)
+        return float(found[1]) / (100 if found[2] else 1)
+
+
 FILE_SIZE = FileSize()
+SHARE = Share()
 _UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 

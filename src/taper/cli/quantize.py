@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from taper.cli.options import FILE_SIZE, set_threads, threads_option
+from taper.cli.options import FILE_SIZE, SHARE, set_threads, threads_option
 from taper.cli.terminal import file_size, progress_bar
 from taper.errors import DoesNotFitError, UsageError
 
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 # Left in the header for the card, where the file's size is given: seven widths take 5 KB.
 CARD_BYTES = 8192
+# Those of taper.quantize.methods, which --help is not to import.
+CODEBOOKS = ("shared", "uniform", "row", "row-greedy")
+METHODS = ("nested", "nearest", "gptq")
 
 
 @click.command("quantize")
@@ -53,6 +56,20 @@ CARD_BYTES = 8192
     help="Keep only the planes that fit a file of SIZE, as in 600MB.",
 )
 @click.option("--no-sensitivity", is_flag=True, help="Do not measure where bits help; no fractions then.")
+@click.option(
+    "--codebook",
+    type=click.Choice(CODEBOOKS),
+    default="shared",
+    show_default=True,
+    help="Values: shared by all rows (rotated), a uniform grid, or tables of each row.",
+)
+@click.option(
+    "--method", type=click.Choice(METHODS), help="How codes are chosen; default: the codebook's own."
+)
+@click.option(
+    "--outliers", type=SHARE, default=0.0, metavar="SHARE", help="Weights kept in float16, as in 0.45%."
+)
+@click.option("--fisher", metavar="FILE", help="Weigh row tables by this file of taper.quantize.fisher.")
 @threads_option
 def command(
     hf_dir: str,
@@ -66,6 +83,10 @@ def command(
     bits_per_weight: float | None,
     target_size: int | None,
     no_sensitivity: bool,
+    codebook: str,
+    method: str | None,
+    outliers: float,
+    fisher: str | None,
     threads: int | None,
 ) -> None:
     """Quantise the checkpoint in HF_DIR (config.json, safetensors, tokenizer.json) to nested bit planes.
@@ -78,6 +99,8 @@ def command(
     from taper.cli.card import card_step
     from taper.formats.spec import parse_widths
     from taper.quantize import Budget, QuantizeOptions, quantize
+    from taper.quantize.fisher import FisherFile
+    from taper.quantize.methods import MethodOptions
 
     set_threads(threads)
     budget = None
@@ -87,7 +110,12 @@ def command(
         reserved = CARD_BYTES if has_card and target_size is not None else 0
         budget = Budget(bits_per_weight, target_size, reserved)
     options = QuantizeOptions(
-        bits=parse_widths(bits), seed=seed, sensitivity=not no_sensitivity, budget=budget
+        bits=parse_widths(bits),
+        seed=seed,
+        sensitivity=not no_sensitivity,
+        budget=budget,
+        method=MethodOptions(codebook, method, outliers),
+        fisher=None if fisher is None else FisherFile(fisher),
     )
     if calibration_tokens is not None:
         options = replace(options, calibration_tokens=calibration_tokens)

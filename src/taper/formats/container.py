@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from taper.config import ModelConfig
 from taper.errors import CorruptFileError, ModelNotFoundError
-from taper.formats.outliers import OutlierRows
+from taper.formats.outliers import OUTLIER_PARTS, OutlierRows
 from taper.formats.safetensors_header import SafetensorsHeader, read_header
 from taper.formats.sensitivity import Sensitivity
 from taper.formats.spec import (
@@ -232,8 +232,7 @@ class TaperFile:
     def _outliers(self, name: str) -> OutlierRows | None:
         if f"{name}.outliers.starts" not in self._frame.entries:
             return None
-        parts = ("starts", "columns", "values")
-        return OutlierRows(*(self.tensor(f"{name}.outliers.{part}") for part in parts))
+        return OutlierRows(*(self.tensor(f"{name}.outliers.{part}") for part in OUTLIER_PARTS))
 
     def _tables(self, spec: MatrixSpec, width: int) -> I8:
         tables: I8 = self.tensor(f"{spec.name}.tables").view(np.int8)

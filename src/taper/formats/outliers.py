@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 MAX_COLUMNS = 2**16  # columns are 16 bits wide
+OUTLIER_PARTS = ("starts", "columns", "values")
 
 
 @dataclass(frozen=True, slots=True)

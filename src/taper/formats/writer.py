@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from taper.errors import CorruptFileError, DoesNotFitError, UsageError
-from taper.formats.outliers import MAX_COLUMNS, OutlierRows
+from taper.formats.outliers import MAX_COLUMNS, OUTLIER_PARTS, OutlierRows
 from taper.formats.safetensors_header import LENGTH_FIELD_BYTES, MAX_HEADER_BYTES, TensorEntry, read_header
 from taper.formats.spec import (
     ALIGNMENT,
@@ -219,11 +219,7 @@ def _outlier_tensors(spec: MatrixSpec, outliers: OutlierRows) -> dict[str, npt.N
     _check_array(f"{at}.columns", outliers.columns, np.uint16, (outliers.starts[-1],))
     _check_array(f"{at}.values", outliers.values, np.float16, (outliers.starts[-1],))
     outliers.check(spec.in_features)
-    return {
-        f"{at}.starts": outliers.starts,
-        f"{at}.columns": outliers.columns,
-        f"{at}.values": outliers.values,
-    }
+    return {f"{at}.{part}": getattr(outliers, part) for part in OUTLIER_PARTS}
 
 
 def _check_array(name: str, array: npt.NDArray[Any], dtype: type, shape: tuple[int, ...]) -> None:

@@ -22,11 +22,13 @@ from taper.formats.writer import write_taper
 from taper.kernels import pack_planes, rotate
 from taper.models.families import MatrixSource, matrix_sources, read_final_norm, read_matrix
 from taper.quantize.calibrate import CalibrationRun, Moments, generate_tokens, sample_tokens
-from taper.quantize.codebook import NestedCodebook, gaussian_codebook
+from taper.quantize.codebook import NestedCodebook
 from taper.quantize.finish import finish
+from taper.quantize.fisher import FisherFile
+from taper.quantize.methods import MatrixProblem, MethodOptions, quantize_matrix
 from taper.quantize.shards import ShardFolder
 from taper.quantize.shrink import Budget
-from taper.quantize.solver import SolverOptions, solve
+from taper.quantize.solver import SolverOptions
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
@@ -72,6 +74,9 @@ class QuantizeOptions:
         sensitivity: measure what each matrix costs at each width and store it, for readings at a fraction of
             bits.
         budget: keep only the planes with the least predicted loss within it; measures the sensitivity, too.
+        method: codebook and way of choosing codes.
+        fisher: file of `taper.quantize.fisher` that weighs the weights of row tables and outliers; None takes
+            the second moments of their inputs. Unrotated weights only.
     """
 
     bits: tuple[int, int] = (2, 8)
@@ -80,6 +85,15 @@ class QuantizeOptions:
     solver: SolverOptions = field(default_factory=SolverOptions)
     sensitivity: bool = False
     budget: Budget | None = None
+    method: MethodOptions = field(default_factory=MethodOptions)
+    fisher: FisherFile | None = None
+
+    def __post_init__(self) -> None:
+        if self.fisher is not None and self.method.rotated:
+            raise UsageError(
+                "the diagonal Fisher is that of weights as they are, and the shared codebook rotates them",
+                hint="choose --codebook row or row-greedy",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +155,7 @@ def quantize(
         )
     _check_budget(options)
     checkpoint = HfCheckpoint.open(hf_dir)
-    codebook = gaussian_codebook(*options.bits)
+    codebook = options.method.build_codebook(options.bits)
     given = None
     if calibration is not None:
         given = sample_tokens(checkpoint, read_text(calibration), options.calibration_tokens)
@@ -198,11 +212,15 @@ class _Job:
     options: QuantizeOptions
     shards: ShardFolder
     meter: _Meter
+    tables: frozenset[str] = field(init=False)
     specs: list[MatrixSpec] = field(init=False)
     sources: dict[str, MatrixSource] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.specs = expected_matrices(self.checkpoint.config)
+        method = self.options.method
+        names = [spec.name for spec in expected_matrices(self.checkpoint.config)]
+        self.tables = frozenset(names if method.has_tables else ())
+        self.specs = expected_matrices(self.checkpoint.config, rotated=method.rotated, tables=self.tables)
         self.sources = {source.name: source for source in matrix_sources(self.checkpoint.config)}
 
     def run(self) -> None:
@@ -246,11 +264,18 @@ class _Job:
             self.meter.advance("solve", name, (rows - before) * _row_work(spec))
             before = rows
 
-        solution = solve(rotated, moments(spec), self.codebook, self.options.solver, on_rows)
-        planes = pack_planes(solution.codes, self.codebook.max_bits)
-        self.shards.save(name, planes, solution.scales, solution.relative_errors)
+        fisher = self.options.fisher
+        figures = None if fisher is None else fisher.matrix(self.sources[name])
+        problem = MatrixProblem(rotated, moments(spec), figures)
+        made = quantize_matrix(
+            problem, self.codebook, self.options.method, self.options.solver, self.options.seed, on_rows
+        )
+        planes = pack_planes(made.codes, self.codebook.max_bits)
+        self.shards.save(name, planes, made.scales, made.relative_errors, made.extras())
 
     def _signs(self, spec: MatrixSpec) -> Float32:
+        if not self.options.method.rotated:
+            return np.ones(spec.in_features, dtype=np.float32)
         index = next(i for i, other in enumerate(self.specs) if other.name == spec.name)
         generator = np.random.default_rng([self.options.seed, index])
         return generator.choice(np.array([-1, 1], dtype=np.float32), spec.in_features)
@@ -272,6 +297,8 @@ class _Job:
             card=card,
             provenance=provenance,
             relative_errors={spec.name: self.shards.errors(spec.name) for spec in self.specs},
+            rotated=self.options.method.rotated,
+            tables=self.tables,
         )
         write_taper(out, header, self._matrices, {FINAL_NORM: read_final_norm(self.checkpoint)})
 
@@ -284,6 +311,8 @@ class _Job:
                 scales=self.shards.scales(spec.name),
                 bias=np.concatenate(biases) if biases else None,
                 signs=self._signs(spec),
+                outliers=self.shards.outliers(spec.name),
+                tables=self.shards.tables(spec.name),
             )
 
 
@@ -324,7 +353,10 @@ def _row_work(spec: MatrixSpec) -> int:
 def _provenance(checkpoint: HfCheckpoint, tokens: Int32 | None, options: QuantizeOptions) -> dict[str, Any]:
     """Everything that the codes depend on: unfinished work is only taken up when all of it agrees."""
     return {
-        "method": "rotated nested codebook, joint error feedback, coordinate descent",
+        "codebook": options.method.codebook,
+        "method": options.method.resolved,
+        "outliers": options.method.outliers,
+        "fisher_sha256": options.fisher and options.fisher.sha256,
         "version": taper.__version__,
         "checkpoint_sha256": checkpoint.fingerprint,
         "bits": list(options.bits),

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from taper.errors import UsageError
+from taper.formats.outliers import OUTLIER_PARTS, OutlierRows
 
 U8 = NDArray[np.uint8]
 
@@ -59,11 +60,17 @@ class ShardFolder:
         return self._file(name).is_file()
 
     def save(
-        self, name: str, planes: Sequence[U8], scales: NDArray[np.float16], errors: Sequence[float]
+        self,
+        name: str,
+        planes: Sequence[U8],
+        scales: NDArray[np.float16],
+        errors: Sequence[float],
+        extras: Mapping[str, NDArray[Any]] | None = None,
     ) -> None:
-        """Keep a finished matrix: planes, scales (levels, out_features) and relative errors (levels)."""
+        """Keep a finished matrix: planes, scales (levels, out_features), relative errors (levels), and tables
+        and outliers by name."""
         arrays: dict[str, NDArray[Any]] = {f"plane{index}": plane for index, plane in enumerate(planes)}
-        arrays |= {"scales": scales, "errors": np.array(errors)}
+        arrays |= {"scales": scales, "errors": np.array(errors)} | dict(extras or {})
         _write_atomically(self._file(name), lambda temporary: save_file(arrays, temporary))
 
     def planes(self, name: str, num_planes: int) -> Sequence[U8]:
@@ -77,6 +84,16 @@ class ShardFolder:
     def errors(self, name: str) -> list[float]:
         """The relative error of each width."""
         return [float(error) for error in _read(self._file(name), "errors")]
+
+    def tables(self, name: str) -> NDArray[np.int8] | None:
+        """The rows' own values of a finished matrix, or None."""
+        return _read(self._file(name), "tables") if "tables" in _names(self._file(name)) else None
+
+    def outliers(self, name: str) -> OutlierRows | None:
+        """The outliers of a finished matrix, or None."""
+        if "outliers.starts" not in _names(self._file(name)):
+            return None
+        return OutlierRows(*(_read(self._file(name), f"outliers.{part}") for part in OUTLIER_PARTS))
 
     def has_tokens(self) -> bool:
         """Whether calibration tokens are kept here."""
@@ -127,15 +144,25 @@ class _StoredPlanes(Sequence[U8]):
         return _read(self._path, f"plane{plane}")
 
 
+def _names(path: Path) -> set[str]:
+    try:
+        with safe_open(path, framework="np") as file:
+            return set(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(path, error) from error
+
+
 def _read(path: Path, name: str) -> NDArray[Any]:
     try:
         with safe_open(path, framework="np") as file:
             array: NDArray[Any] = file.get_tensor(name)
             return array
     except (SafetensorError, OSError) as error:
-        raise UsageError(
-            f"{path} cannot be read: {error}", hint=f"remove it and run again: rm {path}"
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> UsageError:
+    return UsageError(f"{path} cannot be read: {error}", hint=f"remove it and run again: rm {path}")
 
 
 def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:

@@ -1,0 +1,79 @@
+"""Plain round-to-nearest: every weight takes the nearest value by itself. Calibration must beat it.
+
+On the shared codebook a code is the nearest value of the largest width, and narrower widths read its first
+bits. On the uniform grid, the classic meaning of RTN, a row's levels are (2 i + 1 - 2^b) / 2^b times its
+largest weight: cutting a code then gives the nearest code of the narrower grid, so nesting costs nothing.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from taper.errors import TaperError, UsageError
+from taper.quantize.codebook import CodebookLevel, NestedCodebook
+
+Float32 = NDArray[np.float32]
+
+UNIFORM_MAX_BITS = 7  # 2^b - 1 is an int8 up to there
+_FLOAT16_MAX = 65504.0
+
+
+def uniform_codebook(min_bits: int, max_bits: int) -> NestedCodebook:
+    """The uniform grid over -1..1, whose widths nest; `mse` is that of a weight uniform in that range.
+
+    Raises:
+        UsageError: the widths are not 1 <= min_bits <= max_bits <= 7.
+    """
+    if not 1 <= min_bits <= max_bits <= UNIFORM_MAX_BITS:
+        raise UsageError(
+            f"bits {min_bits}-{max_bits} are outside a uniform grid's 1 <= min <= max <= {UNIFORM_MAX_BITS}",
+            hint=f"choose bits up to {UNIFORM_MAX_BITS}, or the shared codebook",
+        )
+    return NestedCodebook(
+        tuple(
+            CodebookLevel(
+                bits, np.arange(1 - 2**bits, 2**bits, 2).astype(np.int8), 2.0**-bits, 1.0 / (3.0 * 4.0**bits)
+            )
+            for bits in range(min_bits, max_bits + 1)
+        )
+    )
+
+
+def grid_scales(weights: Float32, uniform: bool) -> Float32:
+    """A scale for each row, rounded to float16: its largest weight for the uniform grid, else its root mean
+    square, float32 (out_features).
+
+    Raises:
+        TaperError: a row's scale is beyond float16.
+    """
+    if uniform:
+        scales = np.abs(weights).max(axis=1).astype(np.float64)
+    else:
+        scales = np.sqrt(np.mean(np.square(weights, dtype=np.float64), axis=1))
+    row = int(np.argmax(scales))
+    if not scales[row] <= _FLOAT16_MAX:
+        raise TaperError(
+            f"row {row} has a scale of {scales[row]:.3g}, beyond float16's {_FLOAT16_MAX:.0f}",
+            hint="the checkpoint is damaged or is no trained model",
+        )
+    rounded: Float32 = scales.astype(np.float16).astype(np.float32)
+    return rounded
+
+
+def nearest(weights: Float32, codebook: NestedCodebook, scales: Float32) -> NDArray[np.uint8]:
+    """The nearest value of the largest width for every weight; on a border the lower one.
+
+    Args:
+        weights: float32 (out_features, in_features).
+        codebook: values of the widths.
+        scales: float32 (out_features).
+
+    Returns:
+        Codes, uint8 (out_features, in_features).
+    """
+    values = codebook.levels[-1].reals
+    borders = 0.5 * (values[1:] + values[:-1])
+    safe = np.where(scales > 0, scales, np.float32(1))
+    codes: NDArray[np.uint8] = np.searchsorted(borders, weights / safe[:, None]).astype(np.uint8)
+    return codes
