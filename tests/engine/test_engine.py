@@ -9,7 +9,7 @@ import tokenizers
 from taper.engine import Engine, Request, SamplingParams
 from taper.engine.completion import StepOutput
 from taper.errors import DoesNotFitError, UsageError
-from taper.precision import Fixed, PhaseAware, Progressive
+from taper.precision import Fixed, PhaseAware, Progressive, parse_policy
 from taper.tokenizer import Tokenizer
 
 EOS = 257
@@ -109,6 +109,14 @@ def test_fraction_reaches_the_model_and_the_record(says, tokenizer):
     assert [bits for _, bits, _ in model.passes] == [4, 3.5, 3.5]
     assert [str(bits) for bits in completion.bits] == ["4", "3.5", "3.5"]
     assert completion.usage.average_bits == 3.5
+
+
+def test_average_of_equal_fractions_is_that_fraction(says, tokenizer):
+    """Added one by one, four times 3.3 is 13.2 less one rounding."""
+    model = says("abcdefgh")
+    model.has_sensitivity = True
+    request = Request("p", parse_policy("fixed:3.3", 2, 8, allows_fractions=True), max_tokens=5)
+    assert Engine(model, tokenizer).generate(request).usage.average_bits == 3.3
 
 
 def test_fraction_is_refused_where_the_model_has_no_sensitivity(says, tokenizer):
