@@ -98,3 +98,14 @@ def test_the_date_is_the_sources(taper, tmp_path, folder, text, monkeypatch):
     assert taper(*arguments(folder, out, text)).status == 0
     assert TaperFile.open(out).card["date"] == "2023-11-14"
     assert json.loads(taper("inspect", out, "--json").out)["card"]["date"] == "2023-11-14"
+
+
+def test_what_the_card_cannot_use_is_refused_before_the_work(taper, tmp_path, folder, text, monkeypatch):
+    out = tmp_path / "out.taper"
+    outcome = taper(*arguments(folder, out, text, "--card-text", tmp_path / "none.txt"))
+    assert (outcome.status, out.exists()) == (2, False)
+    assert "none.txt is not a file" in outcome.err
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "yesterday")
+    outcome = taper(*arguments(folder, out, text))
+    assert (outcome.status, out.exists()) == (2, False)
+    assert "SOURCE_DATE_EPOCH is 'yesterday'" in outcome.err

@@ -4,60 +4,82 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from taper.cli.terminal import note, progress_bar, table
+from taper.cli.terminal import note, table
+
+if TYPE_CHECKING:
+    from taper.formats.huggingface import HfCheckpoint
+
+Update = Callable[[str, float, float | None], None]
 
 SKIPPED = "no quality card: {}; taper eval FILE --text TEXT --against HF_DIR --write-card measures one"
 
 
 def card_step(
     hf_dir: str, calibration: str | None, calibration_tokens: int, card_text: str | None
-) -> Callable[[Path], None]:
+) -> Callable[[Update, Path], None]:
     """What `taper quantize` does with the written file: measure every width, put the card into the header.
+
+    The result is called as step(update, file), `update` being that of a progress bar.
 
     Args:
         hf_dir: the float checkpoint.
         calibration: the calibration text; what it does not read of it is measured on.
         calibration_tokens: as given to `quantize`.
         card_text: another text to measure on instead.
+
+    Raises:
+        UsageError: before the quantisation, for a text or a SOURCE_DATE_EPOCH that cannot be used.
     """
+    from taper.evaluate.card import num_card_blocks, source_date
+    from taper.formats.container import TaperFile
+    from taper.formats.huggingface import HfCheckpoint
+    from taper.formats.text import read_text
+    from taper.quantize.heldout import held_out_passages, spaced_passages
 
-    def step(out: Path) -> None:
-        from taper.evaluate.card import card_blocks, measure_card, num_card_blocks, write_card
-        from taper.formats.container import TaperFile
-        from taper.formats.huggingface import HfCheckpoint
-        from taper.formats.text import read_text
-        from taper.quantize.heldout import ReferenceRun, held_out_passages, spaced_passages
+    source_date()
+    text = card_text or calibration
+    if text is None:
+        note(SKIPPED.format("without --calibration or --card-text there is no text to measure on"))
+        return lambda update, out: None
+    content = read_text(text)
+    checkpoint = HfCheckpoint.open(hf_dir)
+    name = Path(text).name if card_text else f"{Path(text).name}, not calibrated on"
 
-        text = card_text or calibration
-        if text is None:
-            note(SKIPPED.format("without --calibration or --card-text there is no text to measure on"))
-            return
+    def step(update: Update, out: Path) -> None:
         file = TaperFile.open(out)
-        checkpoint = HfCheckpoint.open(hf_dir)
-        num_blocks = num_card_blocks(file.num_weights, file.max_bits - file.min_bits + 1)
+        count = num_card_blocks(file.num_weights, file.max_bits - file.min_bits + 1)
         if card_text is None:
-            passages = held_out_passages(checkpoint, read_text(text), calibration_tokens, num_blocks)
+            passages = held_out_passages(checkpoint, content, calibration_tokens, count)
         else:
-            passages = spaced_passages(checkpoint, read_text(text), num_blocks)
-        if not passages:
+            passages = spaced_passages(checkpoint, content, count)
+        if passages:
+            _measure(update, out, checkpoint, passages, name)
+        else:
             note(SKIPPED.format("calibration reads the whole text"))
-            return
-        blocks = card_blocks(out, passages)
-        with progress_bar("card") as update:
-            update("float model", 0.0, None)
-            card = measure_card(
-                out,
-                blocks,
-                ReferenceRun(checkpoint, blocks.tokens).logits(blocks.first_scored),
-                against=hf_dir,
-                text_name=Path(text).name if card_text else f"{Path(text).name}, not calibrated on",
-                progress=lambda done, total, left_s: update(f"block {done} of {total}", done / total, left_s),
-            )
-        write_card(out, card)
 
     return step
+
+
+def _measure(
+    update: Update, out: Path, checkpoint: HfCheckpoint, passages: list[str], text_name: str
+) -> None:
+    """Read the passages with the float model, then with every width; store the card."""
+    from taper.evaluate.card import card_blocks, measure_card, write_card
+    from taper.quantize.heldout import ReferenceRun
+
+    blocks = card_blocks(out, passages)
+    update("card, float model", 0.0, None)
+    card = measure_card(
+        out,
+        blocks,
+        ReferenceRun(checkpoint, blocks.tokens).logits(blocks.first_scored),
+        against=checkpoint.folder,
+        text_name=text_name,
+        progress=lambda done, total, left_s: update(f"card, block {done} of {total}", done / total, left_s),
+    )
+    write_card(out, card)
 
 
 def card_text(card: dict[str, Any]) -> str:

@@ -94,6 +94,7 @@ def command(
     Stopped work is kept in FILE.partial; the same command goes on from there and gives the same bytes.
     """
     from dataclasses import replace
+    from functools import partial
     from pathlib import Path
 
     from taper.cli.card import card_step
@@ -119,14 +120,19 @@ def command(
     )
     if calibration_tokens is not None:
         options = replace(options, calibration_tokens=calibration_tokens)
-    after_write = card_step(hf_dir, calibration, options.calibration_tokens, card_text) if has_card else None
+    step = card_step(hf_dir, calibration, options.calibration_tokens, card_text) if has_card else None
     with progress_bar("quantize") as update:
 
         def report(progress: Progress) -> None:
             update(f"{progress.stage} {progress.name}", progress.done_frac, progress.eta_s)
 
         result = quantize(
-            hf_dir, out, calibration=calibration, options=options, progress=report, after_write=after_write
+            hf_dir,
+            out,
+            calibration=calibration,
+            options=options,
+            progress=report,
+            after_write=None if step is None else partial(step, update),
         )
     num_bytes = Path(out).stat().st_size
     if target_size is not None and num_bytes > target_size:
