@@ -133,7 +133,7 @@ class Codebook:
     Attributes:
         values: bits to int8 (2**bits,), ascending; at 7 and 8 bits int16 where a value is beyond int8.
         level_scales: bits to what one step is worth.
-        activation_bits: bits to magnitude bits of the activations, of the widths that do not have 7.
+        activation_bits: bits to magnitude bits of the activations; 7 where absent.
     """
 
     values: dict[int, I8 | I16]

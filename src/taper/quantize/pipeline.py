@@ -290,7 +290,11 @@ class _Job:
             config=self.checkpoint.config,
             min_bits=self.codebook.min_bits,
             max_bits=self.codebook.max_bits,
-            codebook=Codebook({l.bits: l.values for l in levels}, {l.bits: l.scale for l in levels}),
+            codebook=Codebook(
+                {l.bits: l.values for l in levels},
+                {l.bits: l.scale for l in levels},
+                {l.bits: l.activation_bits for l in levels},
+            ),
             tokenizer_json=self.checkpoint.tokenizer_json,
             chat_template=self.checkpoint.chat_template,
             policies=policies,
