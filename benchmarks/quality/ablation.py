@@ -34,7 +34,7 @@ from taper.layers.linear import FloatLinear
 from taper.models import Decoder
 from taper.models.parts import FLOAT_BITS, Parts, float_parts
 from taper.quantize import QuantizeOptions, SolverOptions, quantize
-from taper.quantize.fisher import FisherFile
+from taper.quantize.fisher_file import FisherFile
 from taper.quantize.methods import MethodOptions
 from taper.tokenizer import Tokenizer
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import numpy.typing as npt
 import pytest
 from safetensors.numpy import save_file
 
+from taper.cli.options import SHARE
 from taper.cli.quantize import CODEBOOKS
 from taper.cli.quantize import METHODS as CLI_METHODS
 from taper.errors import CorruptFileError, ModelNotFoundError, TaperError, UsageError
@@ -20,7 +22,7 @@ from taper.models import Decoder
 from taper.models.families import matrix_sources, read_matrix
 from taper.quantize import QuantizeOptions, SolverOptions, quantize
 from taper.quantize.codebook import gaussian_codebook
-from taper.quantize.fisher import FisherFile
+from taper.quantize.fisher_file import FisherFile
 from taper.quantize.gptq import gptq
 from taper.quantize.methods import METHODS, MatrixProblem, MethodOptions, quantize_matrix
 from taper.quantize.nearest import grid_scales, nearest, uniform_codebook
@@ -254,6 +256,14 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
 def test_the_command_names_the_methods_there_are() -> None:
     assert tuple(METHODS) == CODEBOOKS
     assert {method for methods in METHODS.values() for method in methods} == set(CLI_METHODS)
+
+
+def test_shares_are_read_in_percent_or_as_numbers() -> None:
+    assert SHARE.convert("0.45%", None, None) == pytest.approx(0.0045)
+    assert SHARE.convert("0.0045", None, None) == pytest.approx(0.0045)
+    for text in ("", "%", "-1%", "1e-3", "0,45%"):
+        with pytest.raises(click.BadParameter, match="not a share"):
+            SHARE.convert(text, None, None)
 
 
 def test_a_fisher_file_weighs_the_tables(folder: Path, text: Path, tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def command(
     from taper.cli.card import card_step
     from taper.formats.spec import parse_widths
     from taper.quantize import Budget, QuantizeOptions, quantize
-    from taper.quantize.fisher import FisherFile
+    from taper.quantize.fisher_file import FisherFile
     from taper.quantize.methods import MethodOptions
 
     set_threads(threads)

@@ -3,13 +3,12 @@
     python -m taper.quantize.fisher HF_DIR TEXT -o FILE
 
 F is the sum over sequences of the squared gradient of the mean next-token loss, as in Any-Precision LLM.
-Measuring needs the extra `train` (torch, transformers); reading the file that it writes needs neither.
+Needs the extra `train` (torch, transformers); reading the file (`taper.quantize.fisher_file`) needs neither.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib
 import sys
 from pathlib import Path
@@ -17,10 +16,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from taper.errors import CorruptFileError, ModelNotFoundError, TaperError, UsageError
+from taper.errors import TaperError, UsageError
 from taper.formats.huggingface import HfCheckpoint
 from taper.formats.text import read_text
 from taper.models.families import MatrixSource, matrix_sources
@@ -30,44 +28,6 @@ Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
 
 _DEFAULT_TOKENS = 51200  # 100 sequences of 512, as Any-Precision LLM takes
-
-
-class FisherFile:
-    """A file that `measure_fisher` wrote: one float32 (out_features, in_features) a matrix, gains folded.
-
-    Raises:
-        ModelNotFoundError: no such file.
-        CorruptFileError: no safetensors file.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise ModelNotFoundError(
-                f"{path} is not there", hint="measure it: python -m taper.quantize.fisher HF_DIR TEXT -o FILE"
-            )
-        self.sha256 = hashlib.sha256(self.path.read_bytes()).hexdigest()
-
-    def matrix(self, source: MatrixSource) -> Float32:
-        """The figures of one matrix.
-
-        Raises:
-            CorruptFileError: they are missing, of another shape, negative or not finite.
-        """
-        try:
-            with safe_open(self.path, framework="np") as file:
-                figures: Float32 = file.get_tensor(source.name)
-        except (SafetensorError, OSError) as error:
-            raise CorruptFileError(f"{self.path}: {source.name} cannot be read: {error}") from error
-        shape = (source.out_features, source.in_features)
-        if figures.shape != shape or figures.dtype != np.float32:
-            raise CorruptFileError(
-                f"{self.path}: {source.name} is {figures.dtype} {figures.shape}, expected float32 {shape}",
-                hint="measure it on the checkpoint that is quantised",
-            )
-        if not (np.isfinite(figures).all() and figures.min() >= 0):
-            raise CorruptFileError(f"{self.path}: {source.name} holds a negative figure or none at all")
-        return figures
 
 
 def measure_fisher(hf_dir: str | Path, tokens: Int32, out: str | Path) -> None:
@@ -83,7 +43,7 @@ def measure_fisher(hf_dir: str | Path, tokens: Int32, out: str | Path) -> None:
     """
     torch, transformers = _extra("torch"), _extra("transformers")
     checkpoint = HfCheckpoint.open(hf_dir)
-    model = transformers.AutoModelForCausalLM.from_pretrained(hf_dir, torch_dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(hf_dir).float().eval()
     weights = dict(model.named_parameters())
     sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     for sequence in tokens:

@@ -24,7 +24,7 @@ from taper.models.families import MatrixSource, matrix_sources, read_final_norm,
 from taper.quantize.calibrate import CalibrationRun, Moments, generate_tokens, sample_tokens
 from taper.quantize.codebook import NestedCodebook
 from taper.quantize.finish import finish
-from taper.quantize.fisher import FisherFile
+from taper.quantize.fisher_file import FisherFile
 from taper.quantize.methods import MatrixProblem, MethodOptions, quantize_matrix
 from taper.quantize.shards import ShardFolder
 from taper.quantize.shrink import Budget
