@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from taper.errors import TaperError, UsageError
+from taper.formats.spec import MAX_BITS, NARROW_VALUE
 from taper.quantize.codebook import CodebookLevel, NestedCodebook
 
 Float32 = NDArray[np.float32]
 
-UNIFORM_MAX_BITS = 7  # 2^b - 1 is an int8 up to there
 _FLOAT16_MAX = 65504.0
 
 
@@ -23,21 +23,17 @@ def uniform_codebook(min_bits: int, max_bits: int) -> NestedCodebook:
     """The uniform grid over -1..1, whose widths nest; `mse` is that of a weight uniform in that range.
 
     Raises:
-        UsageError: the widths are not 1 <= min_bits <= max_bits <= 7.
+        UsageError: the widths are not 1 <= min_bits <= max_bits <= 8.
     """
-    if not 1 <= min_bits <= max_bits <= UNIFORM_MAX_BITS:
-        raise UsageError(
-            f"bits {min_bits}-{max_bits} are outside a uniform grid's 1 <= min <= max <= {UNIFORM_MAX_BITS}",
-            hint=f"choose bits up to {UNIFORM_MAX_BITS}, or the shared codebook",
-        )
-    return NestedCodebook(
-        tuple(
-            CodebookLevel(
-                bits, np.arange(1 - 2**bits, 2**bits, 2).astype(np.int8), 2.0**-bits, 1.0 / (3.0 * 4.0**bits)
-            )
-            for bits in range(min_bits, max_bits + 1)
-        )
-    )
+    if not 1 <= min_bits <= max_bits <= MAX_BITS:
+        raise UsageError(f"bits {min_bits}-{max_bits} are outside 1 <= min <= max <= {MAX_BITS}")
+    return NestedCodebook(tuple(_uniform_level(bits) for bits in range(min_bits, max_bits + 1)))
+
+
+def _uniform_level(bits: int) -> CodebookLevel:
+    steps = np.arange(1 - 2**bits, 2**bits, 2)
+    values = steps.astype(np.int8) if steps[-1] <= NARROW_VALUE else steps.astype(np.int16)
+    return CodebookLevel(bits, values, 2.0**-bits, 1.0 / (3.0 * 4.0**bits))
 
 
 def grid_scales(weights: Float32, uniform: bool) -> Float32:
