@@ -85,10 +85,15 @@ void multiply_tile(const PlanesView& w, const ActivationsView& x, const OutputVi
 
 template <int kBits>
 void unpack_tile(const PlanesView& w, const int8_t* table, const Tile& tile, uint8_t* out) {
-  const PlaneLookup<kBits> shared(table, kSignFlip);
-  for (int64_t r = 0; r < tile.rows; ++r) {
-    const int64_t row = tile.row + r, at = row * w.table_stride;
-    unpack_row(at == 0 ? shared : PlaneLookup<kBits>(table + at, kSignFlip), w, row, out + r * w.cols);
+  const auto unpack = [&](const PlaneLookup<kBits>& lookup, int64_t r)
+                          TAPER_INLINE { unpack_row(lookup, w, tile.row + r, out + r * w.cols); };
+  if (w.table_stride == 0) {
+    const PlaneLookup<kBits> lookup(table, kSignFlip);
+    for (int64_t r = 0; r < tile.rows; ++r) unpack(lookup, r);
+  } else {
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      unpack(PlaneLookup<kBits>(table + (tile.row + r) * w.table_stride, kSignFlip), r);
+    }
   }
 }
 
