@@ -36,27 +36,9 @@ class RowQuad {
 
   // Rows past the count repeat the last one.
   void run(int64_t row, int count) const {
-    __m128i sums[kMaxInputs];
-    [[maybe_unused]] __m128i low_sums[kMaxInputs];
-    const __m128i* low = sums;  // not read unless there is a low table
-    if (w_.table_stride != 0) {
-      own_tables(row, count, sums);
-    } else {
-      shared_table(lookup_, row, count, sums);
-    }
-    if (parts_ == 1 && w_.low_table == nullptr) {
-      for (int i = 0; i < inputs_; ++i) store_rows(w_, x_, y_, token_ + i, row, count, sums[i]);
-      return;
-    }
-    if constexpr (kBits >= 7) {
-      if (w_.low_table != nullptr) {
-        shared_table(Lookup(w_.low_table, kSignFlip), row, count, low_sums);
-        low = low_sums;
-      }
-    }
-    for (int i = 0; i < inputs_; i += parts_) {
-      store_parts(w_, x_, y_, token_ + i / parts_, row, count, sums + i, low + i);
-    }
+    if (parts_ == 2 || w_.low_table != nullptr || w_.table_stride != 0) return run_parts(row, count);
+    shared_table(lookup_, row, count,
+                 [&](int i, __m128i sums) { store_rows(w_, x_, y_, token_ + i, row, count, sums); });
   }
 
  private:
@@ -66,7 +48,29 @@ class RowQuad {
   using Lookup = PlaneLookup<kBits>;
   using Fields = typename Lookup::Fields;
 
-  TAPER_INLINE void shared_table(const Lookup& lookup, int64_t row, int count, __m128i* sums) const {
+  // Whatever needs more than one sum a value, or a table a row.
+  [[gnu::noinline]] void run_parts(int64_t row, int count) const {
+    __m128i sums[2][kMaxInputs];  // by table
+    for (int v = 0; v < (w_.low_table == nullptr ? 1 : 2); ++v) {
+      if (w_.table_stride != 0) {
+        own_tables(row, count, sums[v]);
+      } else {
+        const Lookup lookup(v == 0 ? w_.table : w_.low_table, kSignFlip);
+        shared_table(lookup, row, count, [&](int i, __m128i sum) { sums[v][i] = sum; });
+      }
+    }
+    for (int i = 0; i < inputs_; i += parts_) {
+      if (parts_ == 1 && w_.low_table == nullptr) {
+        store_rows(w_, x_, y_, token_ + i, row, count, sums[0][i]);
+      } else {
+        store_parts(w_, x_, y_, token_ + i / parts_, row, count, sums[0] + i, sums[1] + i);
+      }
+    }
+  }
+
+  // Calls store(i, sums of the rows with input i).
+  template <class Store>
+  TAPER_INLINE void shared_table(const Lookup& lookup, int64_t row, int count, Store store) const {
     int64_t at[kRows];
     for (int r = 0; r < kRows; ++r) at[r] = (row + std::min(r, count - 1)) * stride_;
     __m512i lanes[kRows][kMaxInputs];
@@ -88,7 +92,7 @@ class RowQuad {
     }
     for (int t = 0; t < inputs_; ++t) quad[t][0] = fold_halves(quad[t][0]);
     if (w_.cols & 64) block_64(lookup, at, column, quad);
-    for (int t = 0; t < inputs_; ++t) sums[t] = fold_last(quad[t][0]);
+    for (int t = 0; t < inputs_; ++t) store(t, fold_last(quad[t][0]));
   }
 
   // Each row by itself, its last blocks behind a mask: rows with different tables cannot share a register.
