@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -57,7 +58,8 @@ class Share(click.ParamType[float]):
         found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?(%?)", str(value), re.ASCII)
         if found is None:
             self.fail(f"{value!r} is not a share, as in 0.45% or 0.0045", param, ctx)
-        return float(found[1]) / (100 if found[2] else 1)
+        # Decimal: 0.45% and 0.0045 are one number, or a resumed run would differ.
+        return float(Decimal(found[1]) / (100 if found[2] else 1))
 
 
 FILE_SIZE = FileSize()
