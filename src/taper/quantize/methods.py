@@ -182,9 +182,22 @@ def quantize_matrix(
     if (method.codebook, method.resolved) == ("shared", "nested"):
         found = solve(dense, problem.moments, codebook, solver, on_rows)
         return QuantizedMatrix(found.codes, found.scales, found.relative_errors, None, outliers)
+    return _one_scale_a_row(problem, dense, outliers, codebook, method, solver.damping, on_rows)
+
+
+def _one_scale_a_row(
+    problem: MatrixProblem,
+    dense: Float32,
+    outliers: OutlierRows | None,
+    codebook: NestedCodebook,
+    method: MethodOptions,
+    damping: float,
+    on_rows: Callable[[int], None] | None,
+) -> QuantizedMatrix:
+    """Plain GPTQ or nearest codes: the scales come from the weights alone and serve every width."""
     scales = grid_scales(dense, uniform=method.codebook == "uniform")
     if method.resolved == "gptq":
-        codes = gptq(dense, problem.moments, codebook, scales, solver.damping, on_rows)
+        codes = gptq(dense, problem.moments, codebook, scales, damping, on_rows)
     else:
         codes = nearest(dense, codebook, scales)
         if on_rows is not None:
@@ -193,7 +206,7 @@ def quantize_matrix(
         _relative_error(
             dense - level.reals[codes >> (codebook.max_bits - level.bits)] * scales[:, None],
             problem,
-            solver.damping,
+            damping,
         )
         for level in codebook.levels
     )
