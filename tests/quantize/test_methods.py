@@ -116,6 +116,15 @@ def test_outliers_are_the_most_sensitive_then_the_largest() -> None:
     assert np.array_equal(outliers.dense(6) + dense, weights)
 
 
+def test_a_sensitive_weight_goes_though_it_is_small() -> None:
+    weights = np.arange(1, 19, dtype=np.float32).reshape(3, 6)
+    weights[:, 0] = (0.1, 0.3, 0.2)
+    sensitivity = np.eye(6, dtype=np.float32)[:1]
+    _, dense = split_outliers(weights, sensitivity, 9 / 18)
+    assert dense[:, 0].tolist() == pytest.approx([0.1, 0.0, 0.2])
+    assert np.sort(weights[dense == 0])[1:].tolist() == [10, 11, 12, 14, 15, 16, 17, 18]
+
+
 def test_outliers_of_a_fisher_are_chosen_weight_by_weight() -> None:
     weights = np.full((2, 9), 0.5, dtype=np.float32)
     sensitivity = np.zeros((2, 9), dtype=np.float32)
