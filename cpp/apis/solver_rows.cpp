@@ -1,15 +1,14 @@
-// The arithmetic of the nested solver for a group of rows. Every element is computed in one fixed order with separate
-// multiplications and additions, so instruction sets and thread counts give the same codes.
+// The arithmetic of the nested solver for a group of rows. Every element is computed in one fixed order with fused
+// multiply-adds where written, so instruction sets and thread counts give the same codes.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <limits>
 #include <vector>
 
 #include "apis/solver.hpp"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define TAPER_CLONES __attribute__((target_clones("default", "avx2", "avx512f")))
+#define TAPER_CLONES __attribute__((target_clones("default", "fma", "avx512f")))
 #else
 #define TAPER_CLONES
 #endif
@@ -23,37 +22,94 @@ constexpr int64_t kBlock = 128;  // columns between two updates of all columns t
 constexpr int64_t kTile = 32;    // columns of a product kept in registers
 constexpr int64_t kTileRows = 4;
 
-// out (m, n) += a (m, k) b (k, n); the terms of an element are summed in rising k.
-TAPER_CLONES void add_product(float* out, int64_t out_stride, const float* a, int64_t a_stride, const float* b,
-                              int64_t b_stride, int64_t m, int64_t k, int64_t n) {
+// Indices t of the terms that some of `height` lines of a have: where codes stay, moves are zero, and at the narrow
+// widths nine in ten codes stay in a pass.
+int64_t used_terms(const float* a, int64_t a_stride, int64_t height, int64_t k, int32_t* terms) {
+  int64_t count = 0;
+  for (int64_t t = 0; t < k; ++t) {
+    bool used = false;
+    for (int64_t i = 0; i < height; ++i) used |= a[i * a_stride + t] != 0.0f;
+    terms[count] = static_cast<int32_t>(t);
+    count += used;
+  }
+  return count;
+}
+
+// A tile of the product below: kTileRows lines of out and a, kTile columns.
+TAPER_CLONES void add_tile(float* out, int64_t out_stride, const float* a, int64_t a_stride, const float* b,
+                           int64_t b_stride, const int32_t* terms, int64_t num_terms) {
+  float sums[kTileRows][kTile];
+  for (int64_t i = 0; i < kTileRows; ++i) std::memcpy(sums[i], out + i * out_stride, sizeof sums[i]);
+  for (int64_t u = 0; u < num_terms; ++u) {
+    const int64_t t = terms[u];
+    const float* source = b + t * b_stride;
+    for (int64_t i = 0; i < kTileRows; ++i) {
+      const float factor = a[i * a_stride + t];
+      for (int64_t j = 0; j < kTile; ++j) sums[i][j] = __builtin_fmaf(factor, source[j], sums[i][j]);
+    }
+  }
+  for (int64_t i = 0; i < kTileRows; ++i) std::memcpy(out + i * out_stride, sums[i], sizeof sums[i]);
+}
+
+// The same for what is left at the edges, element by element in the same order.
+void add_edge(float* out, int64_t out_stride, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
+              const int32_t* terms, int64_t num_terms, int64_t height, int64_t width) {
+  for (int64_t i = 0; i < height; ++i)
+    for (int64_t u = 0; u < num_terms; ++u) {
+      const float factor = a[i * a_stride + terms[u]];
+      const float* source = b + terms[u] * b_stride;
+      for (int64_t j = 0; j < width; ++j)
+        out[i * out_stride + j] = __builtin_fmaf(factor, source[j], out[i * out_stride + j]);
+    }
+}
+
+// out (m, n) += a (m, k) b (k, n), k <= kBlock; the terms of an element are summed in rising k.
+void add_product(float* out, int64_t out_stride, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
+                 int64_t m, int64_t k, int64_t n) {
+  std::vector<int32_t> terms(static_cast<size_t>((m + kTileRows - 1) / kTileRows * kBlock));
+  std::vector<int64_t> counts;
+  for (int64_t r = 0; r < m; r += kTileRows)
+    counts.push_back(
+        used_terms(a + r * a_stride, a_stride, std::min(kTileRows, m - r), k, terms.data() + r / kTileRows * kBlock));
   for (int64_t c = 0; c < n; c += kTile) {
     const int64_t width = std::min(kTile, n - c);
     for (int64_t r = 0; r < m; r += kTileRows) {
-      const int64_t height = std::min(kTileRows, m - r);
-      float sums[kTileRows][kTile] = {};
-      for (int64_t i = 0; i < height; ++i)
-        std::memcpy(sums[i], out + (r + i) * out_stride + c, static_cast<size_t>(width) * sizeof(float));
-      float row[kTile] = {};
-      for (int64_t t = 0; t < k; ++t) {
-        const float* source = b + t * b_stride + c;
-        if (width < kTile) {
-          std::memcpy(row, source, static_cast<size_t>(width) * sizeof(float));
-          source = row;
-        }
-        for (int64_t i = 0; i < kTileRows; ++i) {
-          const float factor = i < height ? a[(r + i) * a_stride + t] : 0.0f;
-          for (int64_t j = 0; j < kTile; ++j) sums[i][j] += factor * source[j];
-        }
-      }
-      for (int64_t i = 0; i < height; ++i)
-        std::memcpy(out + (r + i) * out_stride + c, sums[i], static_cast<size_t>(width) * sizeof(float));
+      const int64_t height = std::min(kTileRows, m - r), group = r / kTileRows;
+      const int32_t* used = terms.data() + group * kBlock;
+      float* target = out + r * out_stride + c;
+      const float* left = a + r * a_stride;
+      if (width == kTile && height == kTileRows)
+        add_tile(target, out_stride, left, a_stride, b + c, b_stride, used, counts[static_cast<size_t>(group)]);
+      else
+        add_edge(target, out_stride, left, a_stride, b + c, b_stride, used, counts[static_cast<size_t>(group)], height,
+                 width);
     }
   }
 }
 
 // y (n) += factor * x (n).
 TAPER_CLONES void add_scaled(float* y, const float* x, float factor, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) y[i] += factor * x[i];
+  for (int64_t i = 0; i < n; ++i) y[i] = __builtin_fmaf(factor, x[i], y[i]);
+}
+
+// costs (2 * count) of the children of `count` nodes: the left children's, then the right children's; each adds its own
+// squared error to its parent's cost. values (2 * count) in the same order.
+TAPER_CLONES void add_children(const float* parents, const float* values, float target, float weight, int64_t count,
+                               float* costs) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float left = target - values[i], right = target - values[count + i];
+    costs[i] = __builtin_fmaf(weight * left, left, parents[i]);
+    costs[count + i] = __builtin_fmaf(weight * right, right, parents[i]);
+  }
+}
+
+// Index of the least of n costs, the first of equals.
+TAPER_CLONES int64_t least(const float* costs, int64_t n) {
+  float best = costs[0];
+  for (int64_t i = 1; i < n; ++i) best = costs[i] < best ? costs[i] : best;
+  int64_t index = 0;
+  while (costs[index] != best) ++index;
+  return index;
 }
 
 // Nearest float16, as a float; ties to even.
@@ -67,66 +123,48 @@ float round_to_half(float x) {
   return x;
 }
 
-// Finds the leaf with the least weighted sum of squared errors over its path: depth first, nearer child first, cut
-// where the sum so far reaches the best (all terms are non-negative, so the answer is exact).
+// Finds the leaf with the least weighted sum of squared errors over its path by trying them all, level by level: at
+// most 508 nodes, 16 at a time. Nodes are kept in bit-reversed order, in which the children of all nodes of a level are
+// two runs, so nothing is shuffled.
 class Tree {
  public:
   Tree(const SolverProblem& p) : min_bits_(p.min_bits), levels_(p.max_bits - p.min_bits + 1) {
     const float* values = p.values;
     for (int l = 0; l < levels_; ++l) {
+      const int bits = p.min_bits + l;
       values_[l] = values;
-      values += int64_t{1} << (p.min_bits + l);
+      for (int code = 0; code < 1 << bits; ++code) reversed_[l][reverse(code, bits)] = values[code];
+      values += int64_t{1} << bits;
     }
   }
 
   int levels() const { return levels_; }
   float value(int level, int leaf) const { return values_[level][leaf >> (levels_ - 1 - level)]; }
 
-  int nearest(const float* targets, const float* weights) {
-    targets_ = targets;
-    weights_ = weights;
-    best_ = std::numeric_limits<float>::infinity();
-    leaf_ = 0;
-    const int roots = 1 << min_bits_;
-    int first = 0;
-    float least = cost(0, 0);
-    for (int code = 1; code < roots; ++code) {
-      const float c = cost(0, code);
-      if (c < least) least = c, first = code;
-    }
-    descend(0, first, least);
-    for (int code = 0; code < roots; ++code)
-      if (code != first) descend(0, code, cost(0, code));
-    return leaf_;
+  int nearest(const float* targets, const float* weights) const {
+    alignas(64) float costs[2][kMaxLeaves];
+    const int64_t roots = int64_t{1} << min_bits_;
+    const float none[kMaxLeaves] = {};
+    add_children(none, reversed_[0], targets[0], weights[0], roots / 2, costs[0]);
+    for (int l = 1; l < levels_; ++l)
+      add_children(costs[(l - 1) % 2], reversed_[l], targets[l], weights[l], roots << (l - 1), costs[l % 2]);
+    const int bits = min_bits_ + levels_ - 1;
+    return reverse(static_cast<int>(least(costs[(levels_ - 1) % 2], int64_t{1} << bits)), bits);
   }
 
  private:
-  float cost(int level, int code) const {
-    const float d = targets_[level] - values_[level][code];
-    return weights_[level] * d * d;
-  }
+  static constexpr int kMaxLeaves = 1 << 8;
 
-  void descend(int level, int code, float sum) {
-    if (!(sum < best_)) return;
-    if (level == levels_ - 1) {
-      best_ = sum;
-      leaf_ = code;
-      return;
-    }
-    const int left = 2 * code, right = left + 1;
-    const float left_sum = sum + cost(level + 1, left), right_sum = sum + cost(level + 1, right);
-    const bool left_first = left_sum <= right_sum;
-    descend(level + 1, left_first ? left : right, left_first ? left_sum : right_sum);
-    descend(level + 1, left_first ? right : left, left_first ? right_sum : left_sum);
+  static int reverse(int code, int bits) {
+    int reversed = 0;
+    for (int i = 0; i < bits; ++i) reversed |= (code >> i & 1) << (bits - 1 - i);
+    return reversed;
   }
 
   int min_bits_;
   int levels_;
   const float* values_[kMaxLevels] = {};
-  const float* targets_ = nullptr;
-  const float* weights_ = nullptr;
-  float best_ = 0.0f;
-  int leaf_ = 0;
+  alignas(64) float reversed_[kMaxLevels][kMaxLeaves] = {};  // values of a level in bit-reversed order
 };
 
 // One group of rows; line level * rows + row of the work arrays belongs to one row at one width.
