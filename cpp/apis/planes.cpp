@@ -52,6 +52,9 @@ void check_parts(const PlanesParts& parts) {
   require(parts.rows >= 1, "a matrix has ", parts.rows, " rows, expected at least 1");
   require(parts.in_features >= 1, "in_features is ", parts.in_features, ", expected at least 1");
   require(parts.in_features <= kMaxCols, "in_features is ", parts.in_features, ", expected at most ", kMaxCols);
+  require(parts.bias == nullptr || parts.num_bias_rows == 1 ||
+              parts.num_bias_rows == static_cast<int64_t>(parts.values.size()),
+          "bias has ", parts.num_bias_rows, " rows, expected 1 or one for each of ", parts.values.size(), " widths");
   require(parts.num_scale_rows == 1 || parts.num_scale_rows == static_cast<int64_t>(parts.values.size()),
           "row_scales has ", parts.num_scale_rows, " rows, expected 1 or one for each of ", parts.values.size(),
           " widths");
@@ -81,6 +84,8 @@ PlanesView PlanedMatrix::view(int bits) const {
           max_bits());
   const int64_t level = bits - min_bits_;
   const float* row_scale = parts_.row_scales + (parts_.num_scale_rows == 1 ? 0 : level * parts_.rows);
+  const float* bias =
+      parts_.bias == nullptr ? nullptr : parts_.bias + (parts_.num_bias_rows == 1 ? 0 : level * parts_.rows);
   const LevelValues& own = parts_.values.at(bits);
   const Table& table = tables_[level];
   return {parts_.planes.data(),
@@ -90,7 +95,7 @@ PlanesView PlanedMatrix::view(int bits) const {
           own.tables == nullptr ? table.values.data() : own.tables,
           row_scale,
           parts_.level_scales.at(bits),
-          parts_.bias,
+          bias,
           own.stride,
           table.wide ? table.low.data() : nullptr};
 }
@@ -135,7 +140,8 @@ void PlanedMatrix::read_rows(const int64_t* indices, int64_t count, int bits, fl
 int64_t PlanedMatrix::bytes_read(int bits) const {
   const PlanesView weights = view(bits);
   const int64_t table_bytes = weights.table_stride == 0 ? 0 : int64_t{1} << bits;
-  return weights.rows * (bits * cols_ / 8 + static_cast<int64_t>(sizeof(float)) + table_bytes);
+  const int64_t floats = weights.bias == nullptr ? 1 : 2;
+  return weights.rows * (bits * cols_ / 8 + floats * static_cast<int64_t>(sizeof(float)) + table_bytes);
 }
 
 }  // namespace taper

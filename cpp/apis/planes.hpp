@@ -42,7 +42,8 @@ struct PlanesParts {
   std::map<int, float> level_scales;  // the same keys
   const float* row_scales = nullptr;  // (num_scale_rows, rows)
   int64_t num_scale_rows = 0;
-  const float* bias = nullptr;  // (rows) or null
+  const float* bias = nullptr;  // (num_bias_rows, rows) or null
+  int64_t num_bias_rows = 0;
 };
 
 // A weight matrix that is read at any width from min_bits() to max_bits().
@@ -63,7 +64,7 @@ class PlanedMatrix {
   // out (count, in_features): dequantised rows, still rotated.
   void read_rows(const int64_t* indices, int64_t count, int bits, float* out) const;
 
-  // Bytes that one pass at `bits` reads: planes, row scales and, where rows have them, tables.
+  // Bytes that one pass at `bits` reads: planes, row scales and, where there are any, biases and tables.
   int64_t bytes_read(int bits) const;
 
  private:

@@ -31,9 +31,11 @@ class Planes {
     }
     for (auto [bits, scale] : level_scales) parts.level_scales[nb::cast<int>(bits)] = nb::cast<float>(scale);
     if (!bias.is_none()) {
-      Buffer& vector = keep(borrow<float>(bias, "bias", 1));
-      require_size(vector, "bias", parts.rows);
-      parts.bias = vector.as<float>();
+      Buffer& biases = keep(borrow<float>(bias, "bias", -1));
+      parts.num_bias_rows = biases.ndim() == 2 ? biases.shape(0) : 1;
+      require(biases.ndim() <= 2 && biases.size() == parts.num_bias_rows * parts.rows, "bias has ", biases.size(),
+              " elements, expected ", parts.rows, ", or so many for each width");
+      parts.bias = biases.as<float>();
     }
     matrix_.emplace(std::move(parts));
   }

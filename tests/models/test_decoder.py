@@ -223,8 +223,9 @@ def test_bytes_per_pass_count_planes_scales_and_one_embedding_row(file: TaperFil
     for bits in (2, 5):
         planes = sum(bits * spec.plane_bytes for spec in head_and_layers)
         scales = sum(4 * spec.out_features for spec in head_and_layers)  # one float32 row at this width
+        biases = sum(4 * spec.out_features for spec in head_and_layers if spec.has_bias)
         row = MAX_BITS * file.matrices[0].cols // 8 + 4
-        assert decoder.bytes_per_pass(bits) == planes + scales + row
+        assert decoder.bytes_per_pass(bits) == planes + scales + biases + row
 
 
 def test_float_bytes_per_pass_count_every_weight_once(checkpoint: HfCheckpoint) -> None:

@@ -200,6 +200,8 @@ class TaperFile:
             signs=unpack_signs(self.tensor(f"{name}.signs"), spec.in_features),
             outliers=self._outliers(name),
             tables=self._tables(spec, width) if spec.has_tables else None,
+            gain=self.tensor(f"{name}.gain") if spec.has_gain else None,
+            offsets=self.tensor(f"{name}.offsets")[: width - self.min_bits + 1] if spec.has_offsets else None,
         )
 
     def verify(self) -> list[str]:

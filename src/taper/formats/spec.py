@@ -54,6 +54,8 @@ class MatrixSpec:
         has_bias: whether `NAME.bias` is in the file.
         planes: planes that the file holds of this matrix where they are fewer than the file's, else None.
         has_tables: whether `NAME.tables` is in the file: every row has values of its own.
+        has_gain: whether `NAME.gain` is in the file: the inputs are scaled column by column.
+        has_offsets: whether `NAME.offsets` is in the file: every width has a bias of its own.
     """
 
     name: str
@@ -64,6 +66,8 @@ class MatrixSpec:
     has_bias: bool = False
     planes: int | None = None
     has_tables: bool = False
+    has_gain: bool = False
+    has_offsets: bool = False
 
     @property
     def num_weights(self) -> int:
@@ -82,7 +86,7 @@ class MatrixSpec:
     def to_dict(self) -> dict[str, Any]:
         """As in the `matrices` metadata."""
         ceiling: dict[str, Any] = {} if self.planes is None else {"planes": self.planes}
-        tables = {"tables": True} if self.has_tables else {}
+        flags = {"tables": self.has_tables, "gain": self.has_gain, "offsets": self.has_offsets}
         return (
             {
                 "name": self.name,
@@ -92,7 +96,7 @@ class MatrixSpec:
                 "block": self.block,
             }
             | ceiling
-            | tables
+            | {name: True for name, present in flags.items() if present}
         )
 
 
@@ -110,6 +114,9 @@ class PlanedMatrix:
         outliers: weights beside the planes, in the space of the planes, or None.
         tables: int8 (out_features, `table_columns`) where rows have values of their own, else None: those of
             the least width, then those of the next, none below -127.
+        gain: float32 (in_features), what the inputs are multiplied with before the rotation and the columns
+            were divided by, or None.
+        offsets: float16 (levels, out_features), a bias for each width from the least, or None.
     """
 
     spec: MatrixSpec
@@ -119,6 +126,8 @@ class PlanedMatrix:
     signs: F32
     outliers: OutlierRows | None = None
     tables: I8 | None = None
+    gain: F32 | None = None
+    offsets: F16 | None = None
 
     @property
     def block(self) -> int:
@@ -183,6 +192,8 @@ class TaperHeader:
         relative_errors: matrix name to the solver's relative output error of each width from `min_bits` up.
         rotated: whether the matrices are rotated; else every block is 1 and every sign +1.
         tables: names of the matrices whose rows have values of their own.
+        gains: names of the matrices whose inputs are scaled column by column.
+        offsets: names of the matrices with a bias for each width.
     """
 
     config: ModelConfig
@@ -199,11 +210,16 @@ class TaperHeader:
     relative_errors: dict[str, list[float]] = field(default_factory=dict)
     rotated: bool = True
     tables: frozenset[str] = frozenset()
+    gains: frozenset[str] = frozenset()
+    offsets: frozenset[str] = frozenset()
 
     @property
     def matrices(self) -> list[MatrixSpec]:
         """The matrices in the order of the file, each with its ceiling."""
-        return expected_matrices(self.config, self.planes, self.rotated, self.tables)
+        return [
+            replace(spec, has_gain=spec.name in self.gains, has_offsets=spec.name in self.offsets)
+            for spec in expected_matrices(self.config, self.planes, self.rotated, self.tables)
+        ]
 
 
 def expected_matrices(
@@ -267,10 +283,17 @@ def layout(
         if spec.has_bias:
             _place(entries, f"{spec.name}.bias", "F32", (spec.out_features,))
     for spec in specs:
+        if spec.has_gain:
+            _place(entries, f"{spec.name}.gain", "F32", (spec.in_features,))
+    for spec in specs:
         if spec.name in num_outliers:
             _place(entries, f"{spec.name}.outliers.starts", "I32", (spec.out_features + 1,))
     for spec in specs:
         _place(entries, f"{spec.name}.scales", "F16", (scale_rows[spec.name], spec.out_features))
+    for spec in specs:
+        if spec.has_offsets:
+            levels = spec.width_at(header.max_bits) - header.min_bits + 1
+            _place(entries, f"{spec.name}.offsets", "F16", (levels, spec.out_features))
     for spec in specs:
         if spec.name in num_outliers:
             _place(entries, f"{spec.name}.outliers.columns", "U16", (num_outliers[spec.name],))

@@ -35,6 +35,8 @@ _HASH_FIELD = re.compile(rb'"header_sha256":"([0-9a-f]{64})"')
 # No model is near these; they bound the work that a forged header can cause.
 _MAX_SIZE = 2**31 - 1
 _MAX_LAYERS = 100_000
+# Of a matrix in the metadata, true or absent.
+_FLAGS = ("tables", "gain", "offsets")
 
 
 def validate(path: Path, frame: SafetensorsHeader) -> TaperHeader:
@@ -147,7 +149,9 @@ def _header(metadata: dict[str, str]) -> TaperHeader:
         provenance=_json(metadata, "provenance", dict),
         planes=planes,
         rotated=rotated,
-        tables=frozenset(matrix["name"] for matrix in matrices if "tables" in matrix),
+        tables=_flagged(matrices, "tables"),
+        gains=_flagged(matrices, "gain"),
+        offsets=_flagged(matrices, "offsets"),
         **_measurements(
             metadata, {spec.name: spec for spec in expected_matrices(config, planes, rotated)}, levels
         ),
@@ -192,12 +196,25 @@ def _ceilings(matrices: list[Any], config: ModelConfig, levels: range, rotated: 
         if ceiling is not None:
             _integer(f"planes of {spec.name}", ceiling, levels[0], levels[-1] - 1)
             planes[spec.name] = ceiling
-        has_tables = isinstance(written, dict) and written.get("tables") is True
-        if written != replace(spec, planes=ceiling, has_tables=has_tables).to_dict():
+        found = {flag for flag in _FLAGS if isinstance(written, dict) and written.get(flag) is True}
+        flagged = replace(
+            spec,
+            planes=ceiling,
+            has_tables="tables" in found,
+            has_gain="gain" in found,
+            has_offsets="offsets" in found,
+        )
+        if flagged.has_gain and spec.name.endswith((".o", ".down")):
+            raise ValueError(f"{spec.name} has a gain, but no norm before it to apply it")
+        if written != flagged.to_dict():
             raise ValueError(f"matrix {written}, but the configuration has {spec.to_dict()}")
     if len(planes) == len(matrices):
         raise ValueError(f"no matrix has the {levels[-1]} planes of the file")
     return planes
+
+
+def _flagged(matrices: list[dict[str, Any]], flag: str) -> frozenset[str]:
+    return frozenset(matrix["name"] for matrix in matrices if flag in matrix)
 
 
 def _measurements(metadata: dict[str, str], specs: dict[str, MatrixSpec], levels: range) -> dict[str, Any]:

@@ -192,6 +192,7 @@ def _small_tensors(
             raise ValueError(f"{spec.name}: the configuration and the matrix differ about a bias")
         small[f"{spec.name}.scales"] = matrix.scales
         small[f"{spec.name}.signs"] = pack_signs(matrix.signs)
+        small |= _adjustments(spec, matrix, levels)
         if (matrix.tables is not None) != spec.has_tables:
             raise ValueError(f"{spec.name}: the header and the matrix differ about tables of its rows")
         if matrix.tables is not None:
@@ -205,6 +206,20 @@ def _small_tensors(
             small[f"{spec.name}.bias"] = matrix.bias
         if matrix.outliers is not None:
             small |= _outlier_tensors(spec, matrix.outliers)
+    return small
+
+
+def _adjustments(spec: MatrixSpec, matrix: PlanedMatrix, levels: int) -> dict[str, npt.NDArray[Any]]:
+    """Gain and offsets, where the header names them."""
+    small: dict[str, npt.NDArray[Any]] = {}
+    if (matrix.gain is not None) != spec.has_gain or (matrix.offsets is not None) != spec.has_offsets:
+        raise ValueError(f"{spec.name}: the header and the matrix differ about a gain or offsets")
+    if matrix.gain is not None:
+        _check_array(f"{spec.name}.gain", matrix.gain, np.float32, (spec.in_features,))
+        small[f"{spec.name}.gain"] = matrix.gain
+    if matrix.offsets is not None:
+        _check_array(f"{spec.name}.offsets", matrix.offsets, np.float16, (levels, spec.out_features))
+        small[f"{spec.name}.offsets"] = matrix.offsets
     return small
 
 

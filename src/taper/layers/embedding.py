@@ -29,17 +29,27 @@ class Embedding(Protocol):
 class PlanedEmbedding:
     """Rows of nested planes, always at the file's largest width: a row is little (docs/numerics.md)."""
 
-    def __init__(self, planes: Planes, rotation: Rotation, outliers: Outliers | None = None) -> None:
+    def __init__(
+        self,
+        planes: Planes,
+        rotation: Rotation,
+        outliers: Outliers | None = None,
+        gain: F32 | None = None,
+    ) -> None:
         self._planes = planes
         self._rotation = rotation
         self._outliers = outliers
+        self._gain = gain
 
     def __call__(self, tokens: I32) -> F32:
         """See `Embedding`."""
         rows = self._planes.rows(tokens, self._planes.max_bits)
         if self._outliers is not None:
             self._outliers.add_rows(tokens, rows)
-        return rotate(rows, self._rotation.signs, self._rotation.block, inverse=True)
+        found = rotate(rows, self._rotation.signs, self._rotation.block, inverse=True)
+        if self._gain is not None:
+            found *= self._gain
+        return found
 
     def row_bytes(self) -> int:
         """See `Embedding`: the row of every plane, its scale and the mean row of outliers."""

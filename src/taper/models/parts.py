@@ -70,12 +70,14 @@ def planed_parts(file: TaperFile, ceilings: Mapping[str, int] | None = None) -> 
 
     def linear(name: str, before: Before) -> Linear:
         planes, rotation, outliers = matrices[name]
+        if isinstance(before, Norm) and (gain := file.matrix(name).gain) is not None:
+            before = Norm(before.eps, gain if before.gain is None else before.gain * gain)
         return PlanedLinear(planes, rotation, before, outliers, file.codebook.activation_bits)
 
     head_name = "embed" if config.tie_word_embeddings else "head"
     return Parts(
         config=config,
-        embedding=PlanedEmbedding(*matrices["embed"]),
+        embedding=PlanedEmbedding(*matrices["embed"], file.matrix("embed").gain),
         blocks=_blocks(config, linear),
         head=linear(head_name, Norm(config.rms_norm_eps, file.tensor("norm.final"))),
         head_name=head_name,
@@ -135,6 +137,14 @@ def _values(file: TaperFile, matrix: PlanedMatrix, bits: int) -> npt.NDArray[np.
     return matrix.tables[:, begin : begin + 2**bits]
 
 
+def _biases(matrix: PlanedMatrix, num_levels: int) -> F32 | None:
+    """Bias and offsets in one, float32 (1 or levels, out_features)."""
+    if matrix.offsets is None:
+        return None if matrix.bias is None else matrix.bias[None]
+    offsets = matrix.offsets[:num_levels].astype(np.float32)
+    return offsets if matrix.bias is None else offsets + matrix.bias
+
+
 def _planes(file: TaperFile, name: str, width: int) -> tuple[Planes, Rotation, Outliers | None]:
     matrix = file.matrix(name)
     levels = range(file.min_bits, width + 1)
@@ -143,7 +153,7 @@ def _planes(file: TaperFile, name: str, width: int) -> tuple[Planes, Rotation, O
         values={bits: _values(file, matrix, bits) for bits in levels},
         level_scales={bits: file.codebook.level_scales[bits] for bits in levels},
         row_scales=matrix.scales[: len(levels)].astype(np.float32),
-        bias=matrix.bias,
+        bias=_biases(matrix, len(levels)),
         in_features=matrix.spec.in_features,
     )
     outliers = None

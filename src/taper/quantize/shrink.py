@@ -190,11 +190,18 @@ class Shrinker:
     def _matrices(self, header: TaperHeader) -> Iterator[PlanedMatrix]:
         for spec in header.matrices:
             matrix, width = self._file.matrix(spec.name), spec.width_at(header.max_bits)
-            scales = matrix.scales[: width - header.min_bits + 1]
+            levels = width - header.min_bits + 1
             tables = matrix.tables
             if tables is not None:
                 tables = np.ascontiguousarray(tables[:, : table_columns(header.min_bits, width)])
-            yield replace(matrix, spec=spec, planes=matrix.planes[:width], scales=scales, tables=tables)
+            yield replace(
+                matrix,
+                spec=spec,
+                planes=matrix.planes[:width],
+                scales=matrix.scales[:levels],
+                tables=tables,
+                offsets=None if matrix.offsets is None else matrix.offsets[:levels],
+            )
 
 
 def _fits(policy: str, min_bits: int, max_bits: int) -> bool:
