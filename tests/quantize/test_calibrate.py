@@ -66,12 +66,28 @@ def test_rotated_moments_are_those_of_rotated_inputs() -> None:
     generator = np.random.default_rng(1)
     inputs = generator.standard_normal((50, 96)).astype(np.float32)
     signs = generator.choice(np.array([-1, 1], dtype=np.float32), 96)
-    moments = Moments(np.zeros((96, 96)))
+    moments = Moments.empty(96)
     moments.add(inputs)
     turned = rotate(inputs, signs, 32).astype(np.float64)
-    result = moments.rotated(signs, 32)
+    result, mean = moments.rotated(signs, 32)
     np.testing.assert_allclose(result, turned.T @ turned / 50, atol=2e-5)
     np.testing.assert_array_equal(result, result.T)
+    np.testing.assert_array_equal(mean, 0)
+
+
+def test_moments_about_the_mean_are_those_of_scaled_inputs() -> None:
+    generator = np.random.default_rng(2)
+    inputs = (generator.standard_normal((50, 96)) + 3.0).astype(np.float32)
+    signs = generator.choice(np.array([-1, 1], dtype=np.float32), 96)
+    gain = generator.uniform(0.5, 2.0, 96).astype(np.float32)
+    moments = Moments.empty(96)
+    moments.add(inputs)
+    turned = rotate(inputs * gain, signs, 32).astype(np.float64)
+    result, mean = moments.rotated(signs, 32, gain, centred=True)
+    # float32 products of 50 rows of size 3: 50 * 9 * 2^-24 relative to 50, and the gains' 4.
+    np.testing.assert_allclose(result, np.cov(turned.T, bias=True), atol=2e-4)
+    np.testing.assert_allclose(mean, turned.mean(axis=0), atol=1e-4)
+    np.testing.assert_allclose(moments.variances(), inputs.astype(np.float64).var(axis=0), rtol=1e-4)
 
 
 def test_passages_cover_the_whole_text(checkpoint: HfCheckpoint) -> None:

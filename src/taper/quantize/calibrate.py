@@ -97,22 +97,55 @@ def generate_tokens(checkpoint: HfCheckpoint, num_tokens: int, seed: int) -> Int
 
 @dataclass(slots=True)
 class Moments:
-    """Running second moments of one matrix's inputs: the sum is float64, each sequence's product float32."""
+    """Running moments of one matrix's inputs: the sums are float64, each sequence's products float32.
+
+    Attributes:
+        total: sum of x x^T, (in_features, in_features).
+        first: sum of x, (in_features).
+    """
 
     total: Float64
+    first: Float64
     num_tokens: int = 0
+
+    @classmethod
+    def empty(cls, in_features: int) -> Moments:
+        """Of no token yet."""
+        return cls(np.zeros((in_features, in_features)), np.zeros(in_features))
 
     def add(self, x: Float32) -> None:
         """Count rows of float32 (tokens, in_features)."""
         self.total += x.T @ x
+        self.first += x.sum(axis=0, dtype=np.float64)
         self.num_tokens += len(x)
 
-    def rotated(self, signs: Float32, block: int) -> Float64:
-        """R E[x x^T] R^T, float64 (in_features, in_features)."""
-        mean = (self.total / self.num_tokens).astype(np.float32)
-        half = rotate(mean, signs, block)
+    def variances(self) -> Float64:
+        """Variance of each input, (in_features)."""
+        spread: Float64 = np.diag(self.total) / self.num_tokens - (self.first / self.num_tokens) ** 2
+        return np.maximum(spread, 0.0)
+
+    def rotated(
+        self, signs: Float32, block: int, gain: Float32 | None = None, centred: bool = False
+    ) -> tuple[Float64, Float32]:
+        """Second moments and mean of R (gain x).
+
+        Args:
+            signs: float32 (in_features) of the rotation R.
+            block: of the rotation.
+            gain: float32 (in_features), or None.
+            centred: take the moments about the mean; else the mean is given as zero.
+
+        Returns:
+            float64 (in_features, in_features) and float32 (in_features).
+        """
+        mean = self.first / self.num_tokens if centred else np.zeros(len(self.first))
+        second = self.total / self.num_tokens - np.outer(mean, mean)
+        if gain is not None:
+            second *= np.outer(gain, gain)
+            mean = mean * gain
+        half = rotate(second.astype(np.float32), signs, block)
         full = rotate(np.ascontiguousarray(half.T), signs, block).astype(np.float64)
-        return 0.5 * (full + full.T)
+        return 0.5 * (full + full.T), rotate(mean.astype(np.float32)[None], signs, block)[0]
 
 
 class CalibrationRun:
@@ -141,7 +174,7 @@ class CalibrationRun:
         for name in (f"layers.{index}.{part}" for part in ("qkv", "o", "gate_up", "down")):
             if observe:
                 size = self._sources[name].in_features
-                moments[name] = Moments(np.zeros((size, size)))
+                moments[name] = Moments.empty(size)
         length = hidden.shape[1]
         cos, sin = self._rope.tables(length, length)
         step = Step(0, cos, sin, FLOAT_BITS, (lambda name, x: moments[name].add(x)) if observe else None)
@@ -156,7 +189,7 @@ class CalibrationRun:
         if self._next != self._config.num_layers:
             raise ValueError(f"layer {self._next} has not run")
         gain = read_final_norm(self._checkpoint)
-        moments = Moments(np.zeros((self._config.hidden_size,) * 2))
+        moments = Moments.empty(self._config.hidden_size)
         for sequence in self._hidden_states():
             moments.add(rms_norm(sequence, gain, self._config.rms_norm_eps))
         return moments

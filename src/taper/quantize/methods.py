@@ -77,6 +77,11 @@ class MethodOptions:
         """Whether the weights are rotated first."""
         return self.codebook == "shared"
 
+    @property
+    def is_adjusted(self) -> bool:
+        """Whether columns are balanced and inputs centred; the papers' methods take them as they are."""
+        return (self.codebook, self.resolved) == ("shared", "nested") and not self.outliers
+
     def build_codebook(self, bits: tuple[int, int]) -> NestedCodebook:
         """The header's codebook; where rows have their own values, only its widths count.
 

@@ -21,11 +21,12 @@ from taper.formats.text import read_text
 from taper.formats.writer import write_taper
 from taper.kernels import pack_planes, rotate
 from taper.models.families import MatrixSource, matrix_sources, read_final_norm, read_matrix
+from taper.quantize.balance import Adjustment, balance_layer, balance_normed, width_offsets
 from taper.quantize.calibrate import CalibrationRun, Moments, generate_tokens, sample_tokens
 from taper.quantize.codebook import NestedCodebook
 from taper.quantize.finish import finish
 from taper.quantize.fisher_file import FisherFile
-from taper.quantize.methods import MatrixProblem, MethodOptions, quantize_matrix
+from taper.quantize.methods import MatrixProblem, MethodOptions, QuantizedMatrix, quantize_matrix
 from taper.quantize.shards import ShardFolder
 from taper.quantize.shrink import Budget
 from taper.quantize.solver import SolverOptions
@@ -220,8 +221,25 @@ class _Job:
         method = self.options.method
         names = [spec.name for spec in expected_matrices(self.checkpoint.config)]
         self.tables = frozenset(names if method.has_tables else ())
-        self.specs = expected_matrices(self.checkpoint.config, rotated=method.rotated, tables=self.tables)
+        specs = expected_matrices(self.checkpoint.config, rotated=method.rotated, tables=self.tables)
+        self.specs = [self._flagged(spec) for spec in specs]
         self.sources = {source.name: source for source in matrix_sources(self.checkpoint.config)}
+
+    def _flagged(self, spec: MatrixSpec) -> MatrixSpec:
+        # A look-up has no input to scale or to centre; it shares a tied head's.
+        known = spec.name != "embed" or self.checkpoint.config.tie_word_embeddings
+        normed = not spec.name.endswith((".o", ".down"))
+        return dataclasses.replace(
+            spec, has_gain=self._balances and known and normed, has_offsets=self._centres and known
+        )
+
+    @property
+    def _balances(self) -> bool:
+        return self.options.method.is_adjusted and self.options.solver.balance
+
+    @property
+    def _centres(self) -> bool:
+        return self.options.method.is_adjusted and self.options.solver.centre
 
     def run(self) -> None:
         """Solve every matrix that has no shard yet: layer by layer, then embedding and head."""
@@ -234,7 +252,7 @@ class _Job:
         if not config.tie_word_embeddings:
             # A look-up sees one column of the identity at a time: nothing is known but that all weights count
             # alike.
-            self._solve_missing("embed", lambda spec: np.eye(spec.in_features))
+            self._solve_missing("embed", None, Adjustment())
         unfinished = [spec.name for spec in self.specs if not self.shards.holds(spec.name)]
         for index in range(config.num_layers):
             if not unfinished or (unfinished == [head] and self.shards.holds(head)):
@@ -242,21 +260,41 @@ class _Job:
             names = [name for name in unfinished if name.startswith(f"layers.{index}.")]
             moments = walk.layer(index, observe=bool(names))
             self.meter.advance("calibrate", f"layers.{index}", 0)
+            balanced = balance_layer(config, index, moments, self._read) if names and self._balances else {}
             for name in names:
-                self._solve_missing(name, self._rotated(moments[name], name))
+                self._solve_missing(name, moments[name], balanced.get(name, Adjustment()))
         if head in unfinished:
-            self._solve_missing(head, self._rotated(walk.head(), head))
+            last = walk.head()
+            self._solve_missing(
+                head, last, balance_normed(self._read(head), last) if self._balances else Adjustment()
+            )
 
-    def _rotated(self, moments: Moments, name: str) -> Callable[[MatrixSpec], Float64]:
-        return lambda spec: moments.rotated(self._signs(spec), spec.block)
+    def _read(self, name: str) -> Float32:
+        return read_matrix(self.checkpoint, self.sources[name])[0]
 
-    def _solve_missing(self, name: str, moments: Callable[[MatrixSpec], Float64]) -> None:
-        index = next(i for i, spec in enumerate(self.specs) if spec.name == name)
-        spec = self.specs[index]
+    def _moments(
+        self, spec: MatrixSpec, moments: Moments | None, adjustment: Adjustment
+    ) -> tuple[Float64, Float32]:
+        """Second moments and mean of the matrix's inputs in the space of its weights."""
+        if moments is None:
+            return np.eye(spec.in_features), np.zeros(spec.in_features, dtype=np.float32)
+        signs = self._signs(spec)
+        second, mean = moments.rotated(signs, spec.block, adjustment.gain, self._centres)
+        share = self.options.solver.lookup_share
+        if spec.name == "embed" and share and (diagonal := float(np.mean(np.diag(second)))) > 0:
+            gain = np.ones(spec.in_features, np.float32) if adjustment.gain is None else adjustment.gain
+            energy = Moments(np.diag(np.square(gain, dtype=np.float64)), np.zeros(len(gain)), 1)
+            lookup = energy.rotated(signs, spec.block)[0]
+            second += lookup * (share * diagonal / float(np.mean(np.diag(lookup))))
+        return second, mean
+
+    def _solve_missing(self, name: str, moments: Moments | None, adjustment: Adjustment) -> None:
+        spec = next(spec for spec in self.specs if spec.name == name)
         if self.shards.holds(name):
             return
-        weights, _ = read_matrix(self.checkpoint, self.sources[name])
-        rotated = rotate(weights, self._signs(spec), spec.block)
+        weights, bias = read_matrix(self.checkpoint, self.sources[name])
+        rotated = rotate(np.ascontiguousarray(adjustment.apply(weights)), self._signs(spec), spec.block)
+        second, mean = self._moments(spec, moments, adjustment)
         before = 0
 
         def on_rows(rows: int) -> None:
@@ -266,12 +304,28 @@ class _Job:
 
         fisher = self.options.fisher
         figures = None if fisher is None else fisher.matrix(self.sources[name])
-        problem = MatrixProblem(rotated, moments(spec), figures)
+        problem = MatrixProblem(rotated, second, figures)
         made = quantize_matrix(
             problem, self.codebook, self.options.method, self.options.solver, self.options.seed, on_rows
         )
         planes = pack_planes(made.codes, self.codebook.max_bits)
-        self.shards.save(name, planes, made.scales, made.relative_errors, made.extras())
+        extras = made.extras()
+        if spec.has_gain and adjustment.gain is not None:
+            extras["gain"] = adjustment.gain
+        if spec.has_offsets:
+            extras["offsets"] = self._offsets(rotated, made, mean)
+        if bias is not None:
+            extras["bias"] = bias if adjustment.rows is None else bias * adjustment.rows
+        self.shards.save(name, planes, made.scales, made.relative_errors, extras)
+
+    def _offsets(self, weights: Float32, made: QuantizedMatrix, mean: Float32) -> NDArray[np.float16]:
+        """The bias of each width, float16 (levels, out_features)."""
+        offsets = np.empty(made.scales.shape, dtype=np.float16)
+        for row, level in enumerate(self.codebook.levels):
+            coded = level.reals[made.codes >> (self.codebook.max_bits - level.bits)]
+            coded *= made.scales[row].astype(np.float32)[:, None]
+            offsets[row] = width_offsets(weights - coded, mean)
+        return offsets
 
     def _signs(self, spec: MatrixSpec) -> Float32:
         if not self.options.method.rotated:
@@ -303,20 +357,23 @@ class _Job:
             relative_errors={spec.name: self.shards.errors(spec.name) for spec in self.specs},
             rotated=self.options.method.rotated,
             tables=self.tables,
+            gains=frozenset(spec.name for spec in self.specs if spec.has_gain),
+            offsets=frozenset(spec.name for spec in self.specs if spec.has_offsets),
         )
         write_taper(out, header, self._matrices, {FINAL_NORM: read_final_norm(self.checkpoint)})
 
     def _matrices(self) -> Iterator[PlanedMatrix]:
         for spec in self.specs:
-            biases = [self.checkpoint.tensor(name) for name in self.sources[spec.name].biases]
             yield PlanedMatrix(
                 spec=spec,
                 planes=self.shards.planes(spec.name, self.codebook.max_bits),
                 scales=self.shards.scales(spec.name),
-                bias=np.concatenate(biases) if biases else None,
+                bias=self.shards.extra(spec.name, "bias"),
                 signs=self._signs(spec),
                 outliers=self.shards.outliers(spec.name),
-                tables=self.shards.tables(spec.name),
+                tables=self.shards.extra(spec.name, "tables"),
+                gain=self.shards.extra(spec.name, "gain"),
+                offsets=self.shards.extra(spec.name, "offsets"),
             )
 
 

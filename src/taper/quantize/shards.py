@@ -85,9 +85,9 @@ class ShardFolder:
         """The relative error of each width."""
         return [float(error) for error in _read(self._file(name), "errors")]
 
-    def tables(self, name: str) -> NDArray[np.int8] | None:
-        """The rows' own values of a finished matrix, or None."""
-        return _read(self._file(name), "tables") if "tables" in _names(self._file(name)) else None
+    def extra(self, name: str, part: str) -> NDArray[Any] | None:
+        """What `save` was given by the name `part` for a finished matrix, or None."""
+        return _read(self._file(name), part) if part in _names(self._file(name)) else None
 
     def outliers(self, name: str) -> OutlierRows | None:
         """The outliers of a finished matrix, or None."""

@@ -42,6 +42,10 @@ class SolverOptions:
         refit_scales: fit the row scales of each width by least squares.
         feedback: weigh errors by the inputs' second moments; without it every code is the nearest one, which
             is what the calibration has to beat.
+        balance: scale the columns before the rotation (taper.quantize.balance).
+        centre: give each width a bias for the mean input, and weigh errors about that mean.
+        lookup_share: of a tied embedding, what the look-up's error counts beside that of the head, whose
+            moments have a mean diagonal of 1.
     """
 
     importance_base: float = 3.0
@@ -49,6 +53,9 @@ class SolverOptions:
     passes: int = 2
     refit_scales: bool = True
     feedback: bool = True
+    balance: bool = True
+    centre: bool = True
+    lookup_share: float = 0.3
 
     def __post_init__(self) -> None:
         if not (np.isfinite(self.importance_base) and self.importance_base > 0):
@@ -57,6 +64,8 @@ class SolverOptions:
             raise UsageError(
                 f"damping {self.damping} is not a positive number", hint="0.01 suits most models"
             )
+        if not (np.isfinite(self.lookup_share) and self.lookup_share >= 0):
+            raise UsageError(f"lookup share {self.lookup_share} is not a number from 0 up")
         if self.passes < 0:
             raise UsageError(f"passes {self.passes} is negative")
 
