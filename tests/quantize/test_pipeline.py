@@ -16,7 +16,7 @@ from taper.formats.huggingface import HfCheckpoint
 from taper.kernels import rotate, unpack_codes
 from taper.models import Decoder
 from taper.models.families import matrix_sources, read_matrix
-from taper.quantize import Progress, QuantizeOptions, SolverOptions, StoppedError, quantize
+from taper.quantize import Progress, QuantizeOptions, SolverOptions, StoppedError, methods, nearest, quantize
 from taper.testing.tiny import tiny_hf_dir
 
 OPTIONS = QuantizeOptions(bits=(2, 6), calibration_tokens=1024, solver=SolverOptions(passes=1))
@@ -165,7 +165,9 @@ def test_progress_rises_to_one(folder: Path, text: Path, tmp_path: Path) -> None
     assert seen[-1].stage == "write"
 
 
-def test_unfinished_work_of_other_options_is_not_mixed_in(folder: Path, text: Path, tmp_path: Path) -> None:
+def test_unfinished_work_of_other_options_is_not_mixed_in(
+    folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "tiny.taper"
 
     def stop(progress: Progress) -> None:
@@ -176,6 +178,10 @@ def test_unfinished_work_of_other_options_is_not_mixed_in(folder: Path, text: Pa
         quantize(folder, out, calibration=text, options=OPTIONS, progress=stop)
     with pytest.raises(UsageError, match="unfinished work of another seed"):
         quantize(folder, out, calibration=text, options=QuantizeOptions((2, 6), 1024, 7, OPTIONS.solver))
+    # A later version may build other values for the same options: codes of the old ones mean nothing then.
+    monkeypatch.setattr(methods, "gaussian_codebook", nearest.uniform_codebook)
+    with pytest.raises(UsageError, match="unfinished work of another codebook_sha256"):
+        quantize(folder, out, calibration=text, options=OPTIONS)
 
 
 def test_untied_heads_and_biases_are_quantised(text: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ further above it.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from dataclasses import dataclass
@@ -74,6 +75,11 @@ class NestedCodebook:
     def max_bits(self) -> int:
         """Largest width: the number of planes."""
         return self.levels[-1].bits
+
+    @property
+    def sha256(self) -> str:
+        """Of every level's values: codes of one codebook mean nothing under another."""
+        return hashlib.sha256(b"".join(level.reals.tobytes() for level in self.levels)).hexdigest()
 
     def level(self, bits: int) -> CodebookLevel:
         """The values of one width. Raises UsageError for a width outside min_bits..max_bits."""

@@ -160,7 +160,7 @@ def quantize(
     given = None
     if calibration is not None:
         given = sample_tokens(checkpoint, read_text(calibration), options.calibration_tokens)
-    provenance = _provenance(checkpoint, given, options)
+    provenance = _provenance(checkpoint, given, options, codebook)
     shards = ShardFolder(out.with_name(f"{out.name}.partial"), provenance)
     meter = _Meter(progress, expected_matrices(checkpoint.config))
     try:
@@ -411,10 +411,13 @@ def _row_work(spec: MatrixSpec) -> int:
     return spec.in_features**2
 
 
-def _provenance(checkpoint: HfCheckpoint, tokens: Int32 | None, options: QuantizeOptions) -> dict[str, Any]:
+def _provenance(
+    checkpoint: HfCheckpoint, tokens: Int32 | None, options: QuantizeOptions, codebook: NestedCodebook
+) -> dict[str, Any]:
     """Everything that the codes depend on: unfinished work is only taken up when all of it agrees."""
     return {
         "codebook": options.method.codebook,
+        "codebook_sha256": codebook.sha256,
         "method": options.method.resolved,
         "outliers": options.method.outliers,
         "fisher_sha256": options.fisher and options.fisher.sha256,
