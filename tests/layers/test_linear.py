@@ -123,7 +123,8 @@ def test_planed_embedding_turns_the_rows_of_all_planes_back(planes: Planes, rota
     # There and back are 10 butterflies of a 32-wide block: at most 10 roundings of the row's norm.
     tolerance = 10 * 2**-24 * float(np.linalg.norm(stored, axis=1).max())
     np.testing.assert_allclose(turned, stored, rtol=0, atol=tolerance)
-    assert embedding.row_bytes() == BITS * padded_cols(FEATURES) // 8 + 4
+    # Beside the planes a float32 scale and a float32 bias.
+    assert embedding.row_bytes() == BITS * padded_cols(FEATURES) // 8 + 8
 
 
 def test_float_embedding_looks_rows_up(random: np.random.Generator) -> None:

@@ -52,7 +52,8 @@ class PlanedEmbedding:
         return found
 
     def row_bytes(self) -> int:
-        """See `Embedding`: the row of every plane, its scale and the mean row of outliers."""
+        """See `Embedding`: the row of every plane, its scale, its bias as a head counts it, and the mean row
+        of outliers."""
         outliers = 0 if self._outliers is None else self._outliers.num_bytes
         return (self._planes.bytes_read(self._planes.max_bits) + outliers) // self._planes.out_features
 

@@ -104,7 +104,7 @@ class PlanedLinear:
         return y
 
     def bytes_read(self, bits: int) -> int:
-        """See `Linear`: planes, row scales, tables and outliers."""
+        """See `Linear`: planes, row scales, biases, tables and outliers."""
         outliers = 0 if self._outliers is None else self._outliers.num_bytes
         return self._planes_bytes(bits) + outliers
 
