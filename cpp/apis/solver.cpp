@@ -16,6 +16,8 @@ void check(const SolverProblem& p) {
           ", expected 1 <= min <= max <= 8");
   require(p.rows >= 1 && p.cols >= 1, "weights have shape (", p.rows, ", ", p.cols, "), expected at least (1, 1)");
   require(p.passes >= 0, "passes is ", p.passes, ", expected at least 0");
+  for (int64_t i = 0; i < p.rows * p.cols; ++i)
+    require(std::isfinite(p.weights[i]), "weight ", i, " is ", p.weights[i], ", expected a finite number");
   for (int64_t c = 0; c < p.cols; ++c) {
     const float h = p.hessian[c * p.cols + c], u = p.factor[c * p.cols + c];
     require(std::isfinite(h) && h > 0.0f, "hessian[", c, ", ", c, "] is ", h, ", expected a positive number");

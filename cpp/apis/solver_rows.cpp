@@ -103,12 +103,12 @@ TAPER_CLONES void add_children(const float* parents, const float* values, float 
   }
 }
 
-// Index of the least of n costs, the first of equals.
+// Index of the least of n costs, the first of equals; the last one where the first is no number.
 TAPER_CLONES int64_t least(const float* costs, int64_t n) {
   float best = costs[0];
   for (int64_t i = 1; i < n; ++i) best = costs[i] < best ? costs[i] : best;
   int64_t index = 0;
-  while (costs[index] != best) ++index;
+  while (index + 1 < n && costs[index] != best) ++index;
   return index;
 }
 
