@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
+from safetensors.numpy import load_file, save_file
 
-from taper.errors import UsageError
+from taper.errors import TaperError, UsageError
 from taper.formats.huggingface import HfCheckpoint
 from taper.kernels import rotate
 from taper.models import Decoder
@@ -60,6 +61,27 @@ def test_layers_run_in_order(checkpoint: HfCheckpoint) -> None:
         run.layer(1)
     with pytest.raises(ValueError, match="layer 0 has not run"):
         run.head()
+
+
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
+def test_inputs_that_are_not_finite_are_refused() -> None:
+    moments = Moments.empty(64)
+    moments.add(np.ones((2, 64), dtype=np.float32))
+    moments.check("layers.0.o")
+    moments.add(np.full((2, 64), 1e30, dtype=np.float32))  # its square is beyond float32
+    with pytest.raises(TaperError, match=r"layers\.0\.o: .* not finite"):
+        moments.check("layers.0.o")
+
+
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
+def test_a_walk_says_where_it_left_the_numbers(tmp_path: Path) -> None:
+    folder = tiny_hf_dir(tmp_path / "large")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"] *= np.float32(1e30)
+    save_file(tensors, folder / "model.safetensors")
+    run = CalibrationRun(HfCheckpoint.open(folder), np.arange(8, dtype=np.int32)[None])
+    with pytest.raises(TaperError, match=r"layers\.0\.down: .* not finite"):
+        run.layer(0)
 
 
 def test_rotated_moments_are_those_of_rotated_inputs() -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from taper.errors import UsageError
+from taper.errors import TaperError, UsageError
 from taper.formats.huggingface import HfCheckpoint
 from taper.kernels import rms_norm, rotate
 from taper.kvcache import KvCache
@@ -119,6 +119,14 @@ class Moments:
         self.first += x.sum(axis=0, dtype=np.float64)
         self.num_tokens += len(x)
 
+    def check(self, name: str) -> None:
+        """Raise TaperError where an input was not finite: such moments weigh no column."""
+        if not np.isfinite(np.trace(self.total)):
+            raise TaperError(
+                f"{name}: the float model's inputs are not finite on the calibration text",
+                hint="the checkpoint is damaged or is no trained model",
+            )
+
     def variances(self) -> Float64:
         """Variance of each input, (in_features)."""
         spread: Float64 = np.diag(self.total) / self.num_tokens - (self.first / self.num_tokens) ** 2
@@ -166,7 +174,11 @@ class CalibrationRun:
         self._next = 0
 
     def layer(self, index: int, observe: bool = True) -> dict[str, Moments]:
-        """Run layer `index`, the one after the last run. Moments by matrix name; none where not observed."""
+        """Run layer `index`, the one after the last run. Moments by matrix name; none where not observed.
+
+        Raises:
+            TaperError: inputs that are not finite.
+        """
         if index != self._next:
             raise ValueError(f"layer {index} asked for, layer {self._next} is next")
         hidden = self._hidden_states()
@@ -181,17 +193,20 @@ class CalibrationRun:
         cache = KvCache(1, self._config.num_kv_heads, length, self._config.head_dim, np.float32)
         for sequence in hidden:
             sequence[:] = block(np.ascontiguousarray(sequence), cache.layers[0], step)
+        for name, found in moments.items():
+            found.check(name)
         self._next += 1
         return moments
 
     def head(self) -> Moments:
-        """Moments of the head's input, after the last layer."""
+        """Moments of the head's input, after the last layer. Raises TaperError where it is not finite."""
         if self._next != self._config.num_layers:
             raise ValueError(f"layer {self._next} has not run")
         gain = read_final_norm(self._checkpoint)
         moments = Moments.empty(self._config.hidden_size)
         for sequence in self._hidden_states():
             moments.add(rms_norm(sequence, gain, self._config.rms_norm_eps))
+        moments.check("head")
         return moments
 
     def _hidden_states(self) -> Float32:
