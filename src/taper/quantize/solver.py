@@ -48,7 +48,7 @@ class SolverOptions:
             moments have a mean diagonal of 1.
     """
 
-    importance_base: float = 3.0
+    importance_base: float = 2.5
     damping: float = 0.01
     passes: int = 2
     refit_scales: bool = True
