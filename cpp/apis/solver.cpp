@@ -9,7 +9,7 @@ namespace taper {
 namespace {
 
 // Rows that one thread takes at a time: one group of solve_rows.
-constexpr int64_t kChunkRows = 8;
+constexpr int64_t kChunkRows = 32;
 
 void check(const SolverProblem& p) {
   require(p.min_bits >= 1 && p.min_bits <= p.max_bits && p.max_bits <= 8, "bits are ", p.min_bits, "..", p.max_bits,
