@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from taper.errors import CorruptFileError
+from taper.errors import CorruptFileError, TaperError
 from taper.formats.container import TaperFile
 from taper.formats.huggingface import HfCheckpoint
 from taper.formats.writer import write_taper
@@ -124,3 +124,10 @@ def test_a_gain_without_a_norm_is_refused(text: Path, tmp_path: Path) -> None:
     write_taper(tmp_path / "forged.taper", forged, matrices, norm)
     with pytest.raises(CorruptFileError, match="no norm before it"):
         TaperFile.open(tmp_path / "forged.taper")
+
+
+def test_an_offset_beyond_float16_is_refused() -> None:
+    errors, mean = np.full((3, 64), 2.0, dtype=np.float32), np.full(64, 512.0, dtype=np.float32)
+    assert width_offsets(errors / 2, mean).tolist() == [32768.0] * 3
+    with pytest.raises(TaperError, match=r"a bias of 6\.55e\+04, beyond float16"):
+        width_offsets(errors, mean)

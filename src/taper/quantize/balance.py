@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from taper.config import ModelConfig
 from taper.quantize.calibrate import Moments
+from taper.quantize.half import check_float16
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
@@ -104,8 +105,13 @@ def width_offsets(errors: Float32, mean: Float32) -> NDArray[np.float16]:
     Args:
         errors: float32 (out_features, in_features), W - Q at one width.
         mean: float32 (in_features), in the space of the weights.
+
+    Raises:
+        TaperError: an offset is beyond float16.
     """
-    offsets: NDArray[np.float16] = (errors @ mean).astype(np.float16)
+    exact = errors @ mean
+    check_float16(float(np.abs(exact).max()), "a width has a bias")
+    offsets: NDArray[np.float16] = exact.astype(np.float16)
     return offsets
 
 

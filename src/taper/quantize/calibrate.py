@@ -29,9 +29,9 @@ Float64 = NDArray[np.float64]
 Int32 = NDArray[np.int32]
 
 SEQUENCE_TOKENS = 512
-_GENERATION_STREAM = 1 << 20  # beyond the number of any matrix, whose signs take the streams below
 # English gives 3 to 5 characters a token; a window of 12 fills a sequence in any usual tokenizer.
-_CHARACTERS_PER_TOKEN = 12
+CHARACTERS_PER_TOKEN = 12
+_GENERATION_STREAM = 1 << 20  # beyond the number of any matrix, whose signs take the streams below
 
 
 def sample_tokens(checkpoint: HfCheckpoint, text: str, num_tokens: int) -> Int32:
@@ -52,7 +52,7 @@ def sample_tokens(checkpoint: HfCheckpoint, text: str, num_tokens: int) -> Int32
     length = min(SEQUENCE_TOKENS, context_length(checkpoint.config))
     passages = max(1, num_tokens // length)
     starts = np.linspace(0, len(text), passages, endpoint=False).astype(int)
-    window = length * _CHARACTERS_PER_TOKEN
+    window = length * CHARACTERS_PER_TOKEN
     ids = [token for start in starts for token in tokenizer.encode(text[start : start + window])[:length]]
     if len(ids) < 2:
         raise UsageError(

@@ -10,7 +10,7 @@ from taper.layers.linear import FloatLinear, Norm
 from taper.layers.rope import context_length
 from taper.models.families import read_final_norm, read_matrix
 from taper.models.parts import FLOAT_BITS
-from taper.quantize.calibrate import _CHARACTERS_PER_TOKEN, SEQUENCE_TOKENS, CalibrationRun
+from taper.quantize.calibrate import CHARACTERS_PER_TOKEN, SEQUENCE_TOKENS, CalibrationRun
 
 Float32 = npt.NDArray[np.float32]
 
@@ -31,7 +31,7 @@ def held_out_passages(
     """
     length = min(SEQUENCE_TOKENS, context_length(checkpoint.config))
     count = max(1, calibration_tokens // length)
-    window = length * _CHARACTERS_PER_TOKEN
+    window = length * CHARACTERS_PER_TOKEN
     starts = np.linspace(0, len(text), count, endpoint=False).astype(int)
     ends = [*starts[1:], len(text)]
     room = min(end - start for start, end in zip(starts, ends, strict=True)) - window
@@ -46,7 +46,7 @@ def held_out_passages(
 
 def spaced_passages(checkpoint: HfCheckpoint, text: str, num_passages: int) -> list[str]:
     """Evenly spaced passages of a text that calibration does not read at all, at most `num_passages`."""
-    window = min(SEQUENCE_TOKENS, context_length(checkpoint.config)) * _CHARACTERS_PER_TOKEN
+    window = min(SEQUENCE_TOKENS, context_length(checkpoint.config)) * CHARACTERS_PER_TOKEN
     count = max(1, min(num_passages, len(text) // window))
     starts = np.linspace(0, max(0, len(text) - window), count).astype(int)
     return [text[start : start + window] for start in starts]

@@ -10,13 +10,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from taper.errors import TaperError, UsageError
+from taper.errors import UsageError
 from taper.formats.spec import MAX_BITS, NARROW_VALUE
 from taper.quantize.codebook import CodebookLevel, NestedCodebook
+from taper.quantize.half import check_float16
+from taper.quantize.solver import row_scales
 
 Float32 = NDArray[np.float32]
-
-_FLOAT16_MAX = 65504.0
 
 
 def uniform_codebook(min_bits: int, max_bits: int) -> NestedCodebook:
@@ -43,16 +43,11 @@ def grid_scales(weights: Float32, uniform: bool) -> Float32:
     Raises:
         TaperError: a row's scale is beyond float16.
     """
-    if uniform:
-        scales = np.abs(weights).max(axis=1).astype(np.float64)
-    else:
-        scales = np.sqrt(np.mean(np.square(weights, dtype=np.float64), axis=1))
+    if not uniform:
+        return row_scales(weights)
+    scales = np.abs(weights).max(axis=1)
     row = int(np.argmax(scales))
-    if not scales[row] <= _FLOAT16_MAX:
-        raise TaperError(
-            f"row {row} has a scale of {scales[row]:.3g}, beyond float16's {_FLOAT16_MAX:.0f}",
-            hint="the checkpoint is damaged or is no trained model",
-        )
+    check_float16(scales[row], f"row {row} has a scale")
     rounded: Float32 = scales.astype(np.float16).astype(np.float32)
     return rounded
 

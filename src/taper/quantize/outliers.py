@@ -10,14 +10,14 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from taper.errors import TaperError, UsageError
+from taper.errors import UsageError
 from taper.formats.outliers import MAX_COLUMNS, OutlierRows
+from taper.quantize.half import check_float16
 
 Float32 = NDArray[np.float32]
 
 # SqueezeLLM takes 0.05 % by sensitivity and 0.40 % by magnitude.
 SENSITIVE_PART = 1 / 9
-_FLOAT16_MAX = 65504.0
 
 
 def split_outliers(weights: Float32, sensitivity: Float32, share: float) -> tuple[OutlierRows, Float32]:
@@ -56,11 +56,7 @@ def split_outliers(weights: Float32, sensitivity: Float32, share: float) -> tupl
 
 def _rows(weights: Float32, mask: NDArray[np.bool_]) -> OutlierRows:
     kept = weights[mask]
-    if kept.size and not np.abs(kept).max() <= _FLOAT16_MAX:
-        raise TaperError(
-            f"an outlier of {np.abs(kept).max():.3g} is beyond float16's {_FLOAT16_MAX:.0f}",
-            hint="the checkpoint is damaged or is no trained model",
-        )
+    check_float16(float(np.abs(kept).max(initial=0)), "the weights have an outlier")
     starts = np.concatenate([[0], np.cumsum(mask.sum(axis=1))])
     return OutlierRows(
         starts.astype(np.int32), np.nonzero(mask)[1].astype(np.uint16), kept.astype(np.float16)

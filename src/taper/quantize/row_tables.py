@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from taper.errors import TaperError
 from taper.kernels import _native
+from taper.quantize.half import check_float16
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
@@ -27,7 +27,6 @@ Float64 = NDArray[np.float64]
 NUM_CELLS = 128
 _CALL_ROWS = 512  # half a second at 4096 columns
 _INT8_LIMIT = 127
-_FLOAT16_MAX = 65504.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +113,7 @@ def round_tables(codes: NDArray[np.uint8], reals: dict[int, Float32]) -> RowTabl
     for bits, table in reals.items():
         largest = np.abs(table).max(axis=1)
         row = int(np.argmax(largest))
-        if not largest[row] / _INT8_LIMIT <= _FLOAT16_MAX:
-            raise TaperError(
-                f"row {row} holds {largest[row]:.3g}, beyond 127 times float16's {_FLOAT16_MAX:.0f}",
-                hint="the checkpoint is damaged or is no trained model",
-            )
+        check_float16(largest[row] / _INT8_LIMIT, f"row {row} has a scale")
         # Rounded up, so that no value is beyond 127 steps.
         scale = (largest / _INT8_LIMIT).astype(np.float16)
         scale = np.where(

@@ -23,6 +23,7 @@ from taper.layers.rope import Rope, context_length
 from taper.models import Decoder
 from taper.models.block import Step
 from taper.models.parts import FLOAT_BITS, Parts, planed_parts
+from taper.quantize.calibrate import CHARACTERS_PER_TOKEN
 from taper.tokenizer import Tokenizer
 
 Float32 = NDArray[np.float32]
@@ -38,7 +39,6 @@ _MIN_TOKENS = 128
 _MAX_WORK = 2e12
 # Logits of the reference that are held, in elements: 256 MiB of float32.
 _MAX_LOGITS = 1 << 26
-_CHARACTERS_PER_TOKEN = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ def passages(file: TaperFile, text: str, num_tokens: int) -> Int32:
     count = max(1, num_tokens // length)
     found = []
     for start in np.linspace(0, len(text), count, endpoint=False).astype(int):
-        ids = tokenizer.encode(text[start : start + length * _CHARACTERS_PER_TOKEN])[:length]
+        ids = tokenizer.encode(text[start : start + length * CHARACTERS_PER_TOKEN])[:length]
         if len(ids) == length:
             found.append(ids)
     if not found:

@@ -19,16 +19,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from taper.errors import TaperError, UsageError
+from taper.errors import UsageError
 from taper.kernels import _native
 from taper.quantize.codebook import NestedCodebook
+from taper.quantize.half import check_float16
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 
 # Rows of one native call: a second or so at 4096 columns, so that progress shows and Ctrl-C is heard.
 _CALL_ROWS = 512
-_FLOAT16_MAX = 65504.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ def solve(
     levels = codebook.levels
     values = np.concatenate([level.reals for level in levels])
     importance = np.array([options.importance_base ** (level.bits - codebook.min_bits) for level in levels])
-    scales = np.repeat(_row_scales(weights)[None, :], len(levels), axis=0)
+    scales = np.repeat(row_scales(weights)[None, :], len(levels), axis=0)
     codes = np.empty(weights.shape, dtype=np.uint8)
     errors = np.zeros(len(levels))
     for begin in range(0, len(weights), _CALL_ROWS):
@@ -150,14 +150,10 @@ def factorise(moments: Float64, damping: float) -> tuple[Float32, Float32]:
     return hessian.astype(np.float32), np.ascontiguousarray(factor, dtype=np.float32)
 
 
-def _row_scales(weights: Float32) -> Float32:
+def row_scales(weights: Float32) -> Float32:
     """Root mean square of each row, rounded to float16: the codebook is that of the unit Gaussian."""
     scales: Float64 = np.sqrt(np.mean(np.square(weights, dtype=np.float64), axis=1))
     row = int(np.argmax(scales))
-    if not scales[row] <= _FLOAT16_MAX:
-        raise TaperError(
-            f"row {row} has a root mean square of {scales[row]:.3g}, beyond float16's {_FLOAT16_MAX:.0f}",
-            hint="the checkpoint is damaged or is no trained model",
-        )
+    check_float16(scales[row], f"row {row} has a root mean square")
     rounded: Float32 = scales.astype(np.float16).astype(np.float32)
     return rounded
