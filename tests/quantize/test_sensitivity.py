@@ -18,7 +18,7 @@ from taper.formats.writer import rewrite_header, write_taper
 from taper.models import Decoder
 from taper.quantize import Budget, QuantizeOptions, Shrinker, SolverOptions, StoppedError, quantize
 from taper.quantize import sensitivity as measuring
-from taper.quantize.pipeline import Progress
+from taper.quantize.progress import Progress
 from taper.quantize.sensitivity import cut_passages, default_plan, measure_sensitivity, passages
 from taper.testing.random_model import SHAPES
 from taper.testing.tiny import tiny_hf_dir, tiny_taper

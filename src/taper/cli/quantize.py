@@ -11,7 +11,7 @@ from taper.cli.terminal import file_size, progress_bar
 from taper.errors import DoesNotFitError, UsageError
 
 if TYPE_CHECKING:
-    from taper.quantize.pipeline import Progress
+    from taper.quantize.progress import Progress
 
 
 # Left in the header for the card, where the file's size is given: seven widths take 5 KB.

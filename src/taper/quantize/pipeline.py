@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from taper.quantize.codebook import NestedCodebook
 from taper.quantize.finish import finish
 from taper.quantize.fisher_file import FisherFile
 from taper.quantize.methods import MatrixProblem, MethodOptions, QuantizedMatrix, quantize_matrix
+from taper.quantize.progress import Meter, Progress, row_work
 from taper.quantize.shards import ShardFolder
 from taper.quantize.shrink import Budget
 from taper.quantize.solver import SolverOptions
@@ -44,23 +45,6 @@ class StoppedError(TaperError):
     """The user stopped the work; what is finished is kept."""
 
     exit_code = 130  # 128 + SIGINT, as shells report it
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far the work is.
-
-    Attributes:
-        stage: `generate`, `calibrate`, `solve`, `write` or `sensitivity`, which counts from 0 to 1 anew.
-        name: the matrix or layer in work.
-        done_frac: finished share of all the work, 0..1.
-        eta_s: seconds that remain at the present pace; None while there is no pace yet.
-    """
-
-    stage: str
-    name: str
-    done_frac: float
-    eta_s: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +79,11 @@ class QuantizeOptions:
                 "the diagonal Fisher is that of weights as they are, and the shared codebook rotates them",
                 hint="choose --codebook row or row-greedy",
             )
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the sensitivity is measured; a file of one width has nothing to choose by it."""
+        return self.budget is not None or (self.sensitivity and self.bits[0] < self.bits[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,11 +139,7 @@ def quantize(
     begin = time.perf_counter()
     options = options or QuantizeOptions()
     out = Path(out)
-    if out.is_dir() or not out.parent.is_dir():
-        raise UsageError(
-            f"{out} is a folder or lies in no folder", hint="name a file in a folder that exists"
-        )
-    _check_budget(options)
+    _check(out, options)
     checkpoint = HfCheckpoint.open(hf_dir)
     codebook = options.method.build_codebook(options.bits)
     given = None
@@ -162,16 +147,14 @@ def quantize(
         given = sample_tokens(checkpoint, read_text(calibration), options.calibration_tokens)
     provenance = _provenance(checkpoint, given, options, codebook)
     shards = ShardFolder(out.with_name(f"{out.name}.partial"), provenance)
-    meter = _Meter(progress, expected_matrices(checkpoint.config))
+    meter = Meter(progress, expected_matrices(checkpoint.config))
     try:
         tokens = _own_tokens(checkpoint, options, shards, meter) if given is None else given
         job = _Job(checkpoint, tokens, codebook, options, shards, meter)
         job.run()
-        if options.budget is None and (not options.sensitivity or options.bits[0] == options.bits[1]):
-            job.write(out, provenance, card or {}, policies or {})
-        else:
-            whole = shards.path / _WHOLE_FILE
-            job.write(whole, provenance, card or {}, policies or {})
+        whole = shards.path / _WHOLE_FILE if options.is_measured else out
+        job.write(whole, provenance, card or {}, policies or {})
+        if options.is_measured:
             text = "own text" if calibration is None else Path(calibration).name
             finish(whole, out, tokens, text, options.budget, shards, meter.measure)
         if after_write is not None:
@@ -185,8 +168,12 @@ def quantize(
     return QuantizeReport(out, tokens.size, errors, time.perf_counter() - begin)
 
 
-def _check_budget(options: QuantizeOptions) -> None:
-    """Refuse before hours of work what no allocation can give."""
+def _check(out: Path, options: QuantizeOptions) -> None:
+    """Refuse before hours of work a file that cannot be written and what no allocation can give."""
+    if out.is_dir() or not out.parent.is_dir():
+        raise UsageError(
+            f"{out} is a folder or lies in no folder", hint="name a file in a folder that exists"
+        )
     asked = None if options.budget is None else options.budget.bits_per_weight
     low, high = options.bits
     if asked is not None and not low <= asked <= high:
@@ -196,7 +183,7 @@ def _check_budget(options: QuantizeOptions) -> None:
 
 
 def _own_tokens(
-    checkpoint: HfCheckpoint, options: QuantizeOptions, shards: ShardFolder, meter: _Meter
+    checkpoint: HfCheckpoint, options: QuantizeOptions, shards: ShardFolder, meter: Meter
 ) -> Int32:
     """The model's own calibration tokens, kept so that a resumed run need not write them again."""
     if not shards.has_tokens():
@@ -212,7 +199,7 @@ class _Job:
     codebook: NestedCodebook
     options: QuantizeOptions
     shards: ShardFolder
-    meter: _Meter
+    meter: Meter
     tables: frozenset[str] = field(init=False)
     specs: list[MatrixSpec] = field(init=False)
     sources: dict[str, MatrixSource] = field(init=False)
@@ -299,7 +286,7 @@ class _Job:
 
         def on_rows(rows: int) -> None:
             nonlocal before
-            self.meter.advance("solve", name, (rows - before) * _row_work(spec))
+            self.meter.advance("solve", name, (rows - before) * row_work(spec))
             before = rows
 
         fisher = self.options.fisher
@@ -375,40 +362,6 @@ class _Job:
                 gain=self.shards.extra(spec.name, "gain"),
                 offsets=self.shards.extra(spec.name, "offsets"),
             )
-
-
-class _Meter:
-    """Work done, in products of the solver, and the time that is left at the present pace."""
-
-    def __init__(self, report: Callable[[Progress], None] | None, specs: Sequence[MatrixSpec]) -> None:
-        self._report = report
-        self._total = float(sum(spec.out_features * _row_work(spec) for spec in specs))
-        self._done = 0.0
-        self._found = 0.0
-        self._begin = time.perf_counter()
-
-    def find(self, spec: MatrixSpec) -> None:
-        """Count a matrix that an earlier run finished: it is done, but says nothing about the pace."""
-        self._found += spec.out_features * _row_work(spec)
-
-    def advance(self, stage: str, name: str, work: float) -> None:
-        """Count work and report."""
-        self._done += work
-        if self._report is None:
-            return
-        elapsed = time.perf_counter() - self._begin
-        remaining = self._total - self._found - self._done
-        eta_s = elapsed * remaining / self._done if self._done else None
-        self._report(Progress(stage, name, (self._found + self._done) / self._total, eta_s))
-
-    def measure(self, name: str, done_frac: float, left_s: float | None) -> None:
-        """Report the sensitivity's share: its pace says nothing about the solver's."""
-        if self._report is not None:
-            self._report(Progress("sensitivity", name, done_frac, left_s))
-
-
-def _row_work(spec: MatrixSpec) -> int:
-    return spec.in_features**2
 
 
 def _provenance(
