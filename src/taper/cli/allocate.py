@@ -50,10 +50,8 @@ def command(
     """Spend bits where they help most.
 
     With --text, measures the KL divergence that each matrix of FILE causes alone at each width and stores it
-    in the
-    file: fractions of bits can then be read. With --bits-per-weight or --target-size, shows the planes of
-        each matrix
-    with the least predicted loss; -o writes a file of only these.
+    in the file: fractions of bits can then be read. With --bits-per-weight or --target-size, shows the planes
+    of each matrix with the least predicted loss; -o writes a file of only these.
     """
     set_threads(threads)
     has_budget = bits_per_weight is not None or target_size is not None

@@ -24,8 +24,7 @@ def command(model: str | None, verify: bool, as_json: bool) -> None:
     """Show the configuration, the widths with their true sizes, and the quality card of MODEL.
 
     MODEL is a .taper file; without it, the model in the package is shown. A width's bytes are those of the
-    whole file
-    that holds it: header, tokenizer, scales and planes. bpw is all of that in bits per weight.
+    whole file that holds it: header, tokenizer, scales and planes. bpw is all of that in bits per weight.
     """
     from taper.formats.container import TaperFile
 
@@ -95,6 +94,11 @@ def _text(description: dict[str, Any]) -> str:
     lines += ["", table(("bits", "bytes", "bpw"), rows)]
     if description["card"].get("widths"):
         lines += ["", f"quality       {card_text(description['card'])}"]
+    else:
+        lines += [
+            "",
+            "quality       no card (taper eval --text --against --write-card makes one)",
+        ]
     for title in ("policies", "provenance"):
         if description[title]:
             lines += ["", title, *_nested(description[title])]

@@ -47,17 +47,17 @@ class FileSize(click.ParamType[int]):
 
 
 class Share(click.ParamType[float]):
-    """A share in percent or as a number, as in 0.45% or 0.0045."""
+    """A share in percent or as a number of at most 1, as in 2% or 0.02."""
 
     name = "SHARE"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """The share as a number."""
+        """The share as a number; a bare number above 1 is most likely a forgotten %, so it is refused."""
         if isinstance(value, float):
             return value
         found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?(%?)", str(value), re.ASCII)
-        if found is None:
-            self.fail(f"{value!r} is not a share, as in 0.45% or 0.0045", param, ctx)
+        if found is None or (not found[2] and Decimal(found[1]) > 1):
+            self.fail(f"{value!r} is not a share, as in 2% or 0.02", param, ctx)
         # Decimal: 0.45% and 0.0045 are one number, or a resumed run would differ.
         return float(Decimal(found[1]) / (100 if found[2] else 1))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -12,6 +13,7 @@ from taper.errors import DoesNotFitError, UsageError
 
 if TYPE_CHECKING:
     from taper.quantize.progress import Progress
+    from taper.quantize.shrink import Budget
 
 
 # Left in the header for the card, where the file's size is given: seven widths take 5 KB.
@@ -95,21 +97,17 @@ def command(
     """
     from dataclasses import replace
     from functools import partial
-    from pathlib import Path
 
     from taper.cli.card import card_step
     from taper.formats.spec import parse_widths
-    from taper.quantize import Budget, QuantizeOptions, quantize
+    from taper.quantize import QuantizeOptions, quantize
     from taper.quantize.fisher_file import FisherFile
     from taper.quantize.methods import MethodOptions
 
     set_threads(threads)
-    budget = None
-    if bits_per_weight is not None or target_size is not None:
-        if no_sensitivity:
-            raise UsageError("a budget is spent by the sensitivity", hint="leave --no-sensitivity out")
-        reserved = CARD_BYTES if has_card and target_size is not None else 0
-        budget = Budget(bits_per_weight, target_size, reserved)
+    budget = _budget(bits_per_weight, target_size, has_card)
+    if budget is not None and no_sensitivity:
+        raise UsageError("a budget is spent by the sensitivity", hint="leave --no-sensitivity out")
     options = QuantizeOptions(
         bits=parse_widths(bits),
         seed=seed,
@@ -134,12 +132,25 @@ def command(
             progress=report,
             after_write=None if step is None else partial(step, update),
         )
+    size = file_size(_checked_bytes(out, target_size))
+    tokens = f"{result.calibration_tokens:,} calibration tokens"
+    click.echo(f"{out}: {size}, {bits} bits, {tokens}, {result.seconds:.0f} s")
+
+
+def _budget(bits_per_weight: float | None, target_size: int | None, has_card: bool) -> Budget | None:
+    from taper.quantize import Budget
+
+    if bits_per_weight is None and target_size is None:
+        return None
+    return Budget(bits_per_weight, target_size, CARD_BYTES if has_card and target_size is not None else 0)
+
+
+def _checked_bytes(out: str, target_size: int | None) -> int:
+    """Size of the written file, which its card may have made too large."""
     num_bytes = Path(out).stat().st_size
     if target_size is not None and num_bytes > target_size:
         raise DoesNotFitError(
             f"{out} takes {num_bytes:,} bytes with its quality card, more than {target_size:,}",
             hint="leave the card out: --no-card",
         )
-    size = file_size(num_bytes)
-    tokens = f"{result.calibration_tokens:,} calibration tokens"
-    click.echo(f"{out}: {size}, {bits} bits, {tokens}, {result.seconds:.0f} s")
+    return num_bytes

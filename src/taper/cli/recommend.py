@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from taper.cli.card import with_error
-from taper.cli.options import FILE_SIZE, json_option, model_path
+from taper.cli.options import FILE_SIZE, SHARE, json_option, model_path
 from taper.cli.terminal import file_size, memory_size, note, table
 
 if TYPE_CHECKING:
@@ -21,28 +20,12 @@ if TYPE_CHECKING:
 DEFAULT_CONTEXT = 2048
 
 
-class Share(click.ParamType[float]):
-    """A share, as in 2% or 0.02."""
-
-    name = "SHARE"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """A fraction of 1; a bare number above 1 is most likely a forgotten %, so it is refused."""
-        if isinstance(value, float):
-            return value
-        found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?(%?)", str(value), re.ASCII)
-        share = float(found[1]) / (100 if found[2] else 1) if found else 2.0
-        if found is None or (not found[2] and share > 1):
-            self.fail(f"{value!r} is not a share, as in 2% or 0.02", param, ctx)
-        return share
-
-
 @click.command("recommend")
 @click.argument("model", required=False)
 @click.option(
     "--memory", type=FILE_SIZE, metavar="SIZE", help="Memory that may be used, as in 2GiB or 600MB."
 )
-@click.option("--max-loss", type=Share(), help="Perplexity over the float model's, as in 2%.")
+@click.option("--max-loss", type=SHARE, help="Perplexity over the float model's, as in 2%.")
 @click.option("--max-kl", type=click.FloatRange(0), metavar="NATS", help="Mean KL from the float model.")
 @click.option(
     "--context",

@@ -44,9 +44,9 @@ def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
     for name, kind, default, text in reversed(
         (
             ("temperature", float, _SAMPLING["temperature"], "0 takes the likeliest token."),
-            ("top-k", int, _SAMPLING["top_k"], "Keep the K likeliest tokens; 0: all."),
-            ("top-p", float, _SAMPLING["top_p"], "Keep the likeliest tokens until their share reaches P."),
-            ("min-p", float, _SAMPLING["min_p"], "Keep tokens at least P times as likely as the likeliest."),
+            ("top-k", int, _SAMPLING["top_k"], "Keep the N likeliest tokens; 0: all."),
+            ("top-p", float, _SAMPLING["top_p"], "Keep the likeliest tokens until their share reaches N."),
+            ("min-p", float, _SAMPLING["min_p"], "Keep tokens at least N times as likely as the likeliest."),
             ("repetition-penalty", float, 1.0, "Divides the logits of tokens seen before."),
             ("presence-penalty", float, 0.0, "Subtracted from tokens of the answer."),
             ("frequency-penalty", float, 0.0, "Subtracted for each time a token is in the answer."),

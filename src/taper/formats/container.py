@@ -286,7 +286,10 @@ def _check_finite(path: Path, name: str, values: npt.NDArray[Any]) -> None:
     finite = np.isfinite(values)
     if not finite.all():
         index = [int(i) for i in np.argwhere(~finite)[0]]
-        raise CorruptFileError(f"{path}: {name} at {index} is {values[tuple(index)]}, not a finite number")
+        raise CorruptFileError(
+            f"{path}: {name} at {index} is {values[tuple(index)]}, not a finite number",
+            hint="copy or download the file again",
+        )
 
 
 def _check_outliers(path: Path, spec: MatrixSpec, outliers: OutlierRows) -> None:
@@ -301,7 +304,9 @@ def _check_outliers(path: Path, spec: MatrixSpec, outliers: OutlierRows) -> None
 def _check_tables(path: Path, name: str, values: U8) -> None:
     # -128 has no counterpart: its product with a negated activation would leave int8.
     if (values == 0x80).any():
-        raise CorruptFileError(f"{path}: {name} holds -128, outside -127..127")
+        raise CorruptFileError(
+            f"{path}: {name} holds -128, outside -127..127", hint="copy or download the file again"
+        )
 
 
 def _digest(file: BinaryIO, num_bytes: int) -> str:

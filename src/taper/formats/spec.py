@@ -105,9 +105,8 @@ class PlanedMatrix:
     """One matrix with its arrays.
 
     Attributes:
-        planes: uint8 (out_features, cols // 8) each, most significant first; may be longer than memory holds
-        at once
-            (a lazy sequence), the writer asks for one plane at a time.
+        planes: uint8 (out_features, cols // 8) each, most significant first; may be a lazy sequence of more
+            than memory holds: the writer asks for one plane at a time.
         scales: float16 (1, out_features) or (levels, out_features).
         bias: float32 (out_features) or None.
         signs: float32 (in_features) of +1 and -1, the rotation's signs.
@@ -304,16 +303,7 @@ def layout(
         if spec.has_tables:
             columns = table_columns(header.min_bits, spec.width_at(header.max_bits))
             _place(entries, f"{spec.name}.tables", "U8", (spec.out_features, columns))
-    num_pads = 0
-    for plane in range(header.max_bits):
-        for spec in specs:
-            if plane >= spec.width_at(header.max_bits):
-                continue
-            gap = -entries[-1].end % ALIGNMENT
-            if gap:
-                _place(entries, f"pad.{num_pads}", "U8", (gap,))
-                num_pads += 1
-            _place(entries, f"{spec.name}.plane{plane}", "U8", (spec.out_features, spec.cols // 8))
+    _place_planes(entries, header, specs)
     return entries
 
 
@@ -350,6 +340,19 @@ def _spec(name: str, out_features: int, in_features: int, has_bias: bool = False
     return MatrixSpec(
         name, out_features, in_features, padded_cols(in_features), hadamard_block(in_features), has_bias
     )
+
+
+def _place_planes(entries: list[TensorEntry], header: TaperHeader, specs: Sequence[MatrixSpec]) -> None:
+    num_pads = 0
+    for plane in range(header.max_bits):
+        for spec in specs:
+            if plane >= spec.width_at(header.max_bits):
+                continue
+            gap = -entries[-1].end % ALIGNMENT
+            if gap:
+                _place(entries, f"pad.{num_pads}", "U8", (gap,))
+                num_pads += 1
+            _place(entries, f"{spec.name}.plane{plane}", "U8", (spec.out_features, spec.cols // 8))
 
 
 def _place(entries: list[TensorEntry], name: str, dtype: str, shape: tuple[int, ...]) -> None:

@@ -102,8 +102,8 @@ class Decoder:
             observe: called as observe(name, x) for each matrix of each layer and, as `embed` or `head`, for
                 the matrix of the head, whatever `logits` says. x is float32 (tokens, in_features): exactly
                 the vector that the matrix of a file meets before its rotation. So it is normalised without
-                the gain before `qkv` and `gate_up`, whose columns carry the gain, and with the final norm's
-                gain before the head.
+                the norm's gain before `qkv` and `gate_up`, whose columns carry it, and with the final norm's
+                gain before the head; where a matrix of a file has a gain of its own, times that.
 
         Returns:
             Float32 (1 or tokens, vocab_size), or None for `logits="none"`.

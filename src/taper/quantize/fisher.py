@@ -88,7 +88,7 @@ def main() -> int:
         tokens = sample_tokens(checkpoint, read_text(arguments.text), arguments.tokens)
         measure_fisher(arguments.hf_dir, tokens, arguments.out)
     except TaperError as error:
-        print(f"error: {error}\nhint: {error.hint}", file=sys.stderr)
+        print(f"error: {error}" + (f"\nhint: {error.hint}" if error.hint else ""), file=sys.stderr)
         return error.exit_code
     print(f"{arguments.out}: {tokens.size:,} tokens")
     return 0

@@ -14,6 +14,8 @@ from taper.models.families import MatrixSource
 
 Float32 = NDArray[np.float32]
 
+_AGAIN = "measure it on the checkpoint that is quantised"
+
 
 class FisherFile:
     """A file of `taper.quantize.fisher`: one float32 (out_features, in_features) a matrix, gains folded.
@@ -41,13 +43,17 @@ class FisherFile:
             with safe_open(self.path, framework="np") as file:
                 figures: Float32 = file.get_tensor(source.name)
         except (SafetensorError, OSError) as error:
-            raise CorruptFileError(f"{self.path}: {source.name} cannot be read: {error}") from error
+            raise CorruptFileError(
+                f"{self.path}: {source.name} cannot be read: {error}", hint=_AGAIN
+            ) from error
         shape = (source.out_features, source.in_features)
         if figures.shape != shape or figures.dtype != np.float32:
             raise CorruptFileError(
                 f"{self.path}: {source.name} is {figures.dtype} {figures.shape}, expected float32 {shape}",
-                hint="measure it on the checkpoint that is quantised",
+                hint=_AGAIN,
             )
         if not (np.isfinite(figures).all() and figures.min() >= 0):
-            raise CorruptFileError(f"{self.path}: {source.name} holds a negative figure or none at all")
+            raise CorruptFileError(
+                f"{self.path}: {source.name} holds a negative figure or one that is not finite", hint=_AGAIN
+            )
         return figures

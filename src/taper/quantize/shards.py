@@ -67,8 +67,9 @@ class ShardFolder:
         errors: Sequence[float],
         extras: Mapping[str, NDArray[Any]] | None = None,
     ) -> None:
-        """Keep a finished matrix: planes, scales (levels, out_features), relative errors (levels), and tables
-        and outliers by name."""
+        """Keep a finished matrix: planes, scales (levels, out_features), relative errors (levels), and what
+        else it has by name: bias, gain, offsets, tables, outliers.
+        """
         arrays: dict[str, NDArray[Any]] = {f"plane{index}": plane for index, plane in enumerate(planes)}
         arrays |= {"scales": scales, "errors": np.array(errors)} | dict(extras or {})
         _write_atomically(self._file(name), lambda temporary: save_file(arrays, temporary))

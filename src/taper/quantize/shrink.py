@@ -12,7 +12,7 @@ import numpy as np
 from taper.errors import CorruptFileError, DoesNotFitError, UsageError
 from taper.formats.container import TaperFile
 from taper.formats.sensitivity import Sensitivity
-from taper.formats.spec import FINAL_NORM, PlanedMatrix, TaperHeader, table_columns
+from taper.formats.spec import FINAL_NORM, MatrixSpec, PlanedMatrix, TaperHeader, table_columns
 from taper.formats.writer import described_bytes, write_taper
 from taper.precision import parse_policy
 from taper.precision.allocation import allocate, bits_per_weight, predicted_loss
@@ -147,7 +147,7 @@ class Shrinker:
                 f"the file takes {least_bytes:,} bytes at {file.min_bits} bits, more than {target:,}",
                 hint=f"ask for at least {least_bytes:,} bytes",
             )
-        sizes = {spec.name: spec.plane_bytes + self._scale_row_bytes(spec.name) for spec in file.matrices}
+        sizes = {spec.name: spec.plane_bytes + self._width_bytes(spec) for spec in file.matrices}
         floor = file.min_bits * sum(sizes.values())
         budget = floor + target - least_bytes
         while budget > floor:
@@ -158,10 +158,10 @@ class Shrinker:
             budget -= excess
         return least
 
-    def _scale_row_bytes(self, name: str) -> int:
-        """Bytes of scales that one more width of a matrix costs."""
-        scales = self._file.tensor(f"{name}.scales")
-        return int(scales[0].nbytes) if len(scales) > 1 else 0
+    def _width_bytes(self, spec: MatrixSpec) -> int:
+        """Bytes of float16 scales and offsets that one more width of a matrix costs."""
+        rows = int(len(self._file.tensor(f"{spec.name}.scales")) > 1) + int(spec.has_offsets)
+        return 2 * rows * spec.out_features
 
     def _file_bytes(self, widths: Mapping[str, int]) -> int:
         rows = {
