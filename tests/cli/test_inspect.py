@@ -29,6 +29,7 @@ def test_text_names_the_model(taper, model):
     assert outcome.status == 0
     for line in ("LlamaForCausalLM, 124,032 weights", "6 heads, 2 KV heads", "all match", "method: random"):
         assert line in outcome.out
+    assert "quality       no card (taper eval" in outcome.out
     assert outcome.err == ""
 
 

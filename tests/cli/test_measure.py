@@ -68,7 +68,7 @@ def test_quantize_then_eval_against_the_checkpoint(taper, tmp_path, text):
         "quantize", folder, "-o", out, "--bits", "2-4", "--calibration", text, "--calibration-tokens", "512"
     )
     assert outcome.status == 0, outcome.err
-    assert "2-4 bits" in outcome.out
+    assert "2 to 4 bits" in outcome.out
     file = TaperFile.open(out, verify=True)
     assert (file.config, file.min_bits, file.max_bits) == (tiny_config(num_layers=1), 2, 4)
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []

@@ -35,7 +35,7 @@ def test_answers(taper, carded):
     outcome = taper("recommend", carded, "--max-loss", "2%")
     assert outcome.status == 0, outcome.err
     assert outcome.out.endswith(f"2 bits: taper run {carded} --bits 2\n")
-    assert "256 tokens of context; loss on t.txt against hf" in outcome.out
+    assert "256 tokens of context; loss against hf on t.txt" in outcome.out
     assert "4 bits: taper run" in taper("recommend", carded, "--memory", "2GiB").out
     assert "for one answer" in taper("recommend", carded).out
     record = json.loads(taper("recommend", carded, "--max-kl", "0.03", "--context", "8", "--json").out)

@@ -135,4 +135,4 @@ def _text(file: TaperFile, allocation: Allocation) -> str:
         f"{allocation.bits_per_weight:.3f} bits per weight, {allocation.file_bytes:,} bytes, "
         f"predicted KL {allocation.predicted_kl:.5f} nats"
     )
-    return f"{table(('matrix', 'bits', 'bytes', 'KL (nats)'), rows)}\n{total}"
+    return f"{table(('matrix', 'bits', 'bytes', 'KL, nats'), rows)}\n{total}"

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 Update = Callable[[str, float, float | None], None]
 
+_QUANTILES = ("median", "99.9 %")
 SKIPPED = "no quality card: {}; taper eval FILE --text TEXT --against HF_DIR --write-card measures one"
 
 
@@ -84,7 +85,7 @@ def _measure(
 
 def card_text(card: dict[str, Any]) -> str:
     """A card as a title line and a table."""
-    header = ("bits", "bytes", "read/token", "perplexity", "increase", "top-1", "KL mean", "median", "99.9 %")
+    header = ("bits", "bytes", "bytes/token", "perplexity", "increase", "top-1", "KL mean, nats", *_QUANTILES)
     rows = [_row(width) for width in card["widths"]]
     scored = f"{card['num_scored']:,} tokens" if "num_scored" in card else "tokens"
     title = f"{card['protocol']}; {scored} of {card['text']}; against {card['reference']}"

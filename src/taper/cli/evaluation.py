@@ -108,7 +108,7 @@ def report_text(report: PerplexityReport) -> str:
     header = ["bits", "perplexity", "bits/byte"]
     has_reference = any(result.increase_frac is not None for result in report.results)
     if has_reference:
-        header += ["increase", "top-1", "KL mean", "median", "99.9 %"]
+        header += ["increase", "top-1", "KL mean, nats", "median", "99.9 %"]
     rows = [_row(result, has_reference) for result in report.results]
     scored = f"{report.num_blocks} blocks, {report.num_scored:,} tokens scored"
     return f"{report.label}: {scored}\n{table(header, rows)}"

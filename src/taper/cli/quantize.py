@@ -134,7 +134,7 @@ def command(
         )
     size = file_size(_checked_bytes(out, target_size))
     tokens = f"{result.calibration_tokens:,} calibration tokens"
-    click.echo(f"{out}: {size}, {bits} bits, {tokens}, {result.seconds:.0f} s")
+    click.echo(f"{out}: {size}, {_widths(out)}, {tokens}, {result.seconds:.0f} s")
 
 
 def _budget(bits_per_weight: float | None, target_size: int | None, has_card: bool) -> Budget | None:
@@ -143,6 +143,15 @@ def _budget(bits_per_weight: float | None, target_size: int | None, has_card: bo
     if bits_per_weight is None and target_size is None:
         return None
     return Budget(bits_per_weight, target_size, CARD_BYTES if has_card and target_size is not None else 0)
+
+
+def _widths(out: str) -> str:
+    """The widths that the file holds; a budget may have left fewer than asked for."""
+    from taper.formats.container import TaperFile
+    from taper.precision import describe_widths
+
+    file = TaperFile.open(out)
+    return describe_widths(file.min_bits, file.max_bits)
 
 
 def _checked_bytes(out: str, target_size: int | None) -> int:

@@ -106,9 +106,9 @@ def _text(file: TaperFile, choices: list[Choice], limits: Limits, context: int) 
     ]
     title = f"{file.path.name}, {context:,} tokens of context"
     measured = (
-        f"; loss on {file.card['text']} against {file.card['reference']}" if file.card.get("widths") else ""
+        f"; loss against {file.card['reference']} on {file.card['text']}" if file.card.get("widths") else ""
     )
-    header = ("bits", "file", "memory", "perplexity", "KL (nats)", "top-1", "fits")
+    header = ("bits", "file", "memory", "increase", "KL mean, nats", "top-1", "fits")
     return f"{title}{measured or '; no quality card'}\n{table(header, rows)}"
 
 
