@@ -35,22 +35,23 @@ from taper.models import Decoder
 from taper.models.parts import FLOAT_BITS, Parts, float_parts
 from taper.quantize import QuantizeOptions, SolverOptions, quantize
 from taper.quantize.fisher_file import FisherFile
-from taper.quantize.methods import MethodOptions
+from taper.quantize.methods import ROW_MAX_BITS, MethodOptions
 from taper.tokenizer import Tokenizer
 
 DEFAULT = SolverOptions()
-WIDTHS = (2, 3, 4, 6)
+WIDTHS = (2, 3, 4, 6, 8)
 GROUPS = ("steps", "importance", "alone", "papers")
 OUTLIERS = 0.0045  # SqueezeLLM: 0.05 % by sensitivity and 0.40 % by magnitude
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One way to quantise, and the widths to read from its file."""
+    """One way to quantise, the widths to read from its file, and whether the look-up reads all planes."""
 
     name: str
     options: QuantizeOptions
     widths: tuple[int, ...]
+    whole_look_up: bool = True
 
 
 def variants(
@@ -66,12 +67,13 @@ def variants(
         yield from solver_steps(base, widths)
     yield default
     if "importance" in groups:
-        for importance in (1.0, 2.0, 4.0):
+        for importance in (1.0, 2.0, 3.0, 4.0):
             if importance != DEFAULT.importance_base:
                 solver = dataclasses.replace(DEFAULT, importance_base=importance)
                 options = dataclasses.replace(base, solver=solver)
                 yield Variant(f"default, importance {importance:g}^b", options, widths)
     if "alone" in groups:
+        yield Variant("default, look-up at the width too", base, widths, whole_look_up=False)
         for width in widths:
             yield Variant(f"{width} bits alone", dataclasses.replace(base, bits=(width, width)), (width,))
     if "papers" in groups:
@@ -84,16 +86,24 @@ def solver_steps(base: QuantizeOptions, widths: tuple[int, ...]) -> Iterator[Var
     def options(**changes: Any) -> QuantizeOptions:
         return dataclasses.replace(base, solver=dataclasses.replace(DEFAULT, **changes))
 
-    yield Variant("nearest codes", options(feedback=False, passes=0, refit_scales=False), widths)
-    yield Variant("error feedback", options(passes=0, refit_scales=False), widths)
-    yield Variant("+ scales per width", options(passes=0), widths)
+    plain = {"balance": False, "centre": False, "lookup_share": 0.0}
+    yield Variant("nearest codes", options(feedback=False, passes=0, refit_scales=False, **plain), widths)
+    yield Variant("error feedback", options(passes=0, refit_scales=False, **plain), widths)
+    yield Variant("+ scales per width", options(passes=0, **plain), widths)
+    yield Variant(f"+ {DEFAULT.passes} passes", options(**plain), widths)
+    yield Variant("+ offsets", options(balance=False, lookup_share=0.0), widths)
+    yield Variant("+ column scales", options(lookup_share=0.0), widths)
 
 
 def papers(base: QuantizeOptions, widths: tuple[int, ...], fisher: FisherFile | None) -> Iterator[Variant]:
     """The codebooks of the papers, row tables by the diagonal Fisher too where its file is given."""
 
     def options(codebook: str, method: str | None = None, outliers: float = 0.0) -> QuantizeOptions:
-        return dataclasses.replace(base, method=MethodOptions(codebook, method, outliers))
+        chosen = MethodOptions(codebook, method, outliers)
+        most = min(base.bits[1], ROW_MAX_BITS) if chosen.has_tables else base.bits[1]
+        return dataclasses.replace(base, bits=(base.bits[0], most), method=chosen)
+
+    narrow = tuple(width for width in widths if width <= ROW_MAX_BITS)
 
     for codebook in ("uniform", "shared"):
         yield Variant(f"nearest, {codebook}", options(codebook, "nearest"), widths)
@@ -102,11 +112,11 @@ def papers(base: QuantizeOptions, widths: tuple[int, ...], fisher: FisherFile | 
             alone = dataclasses.replace(options(codebook, "gptq"), bits=(width, width))
             yield Variant(f"GPTQ, {codebook}, a file a width", alone, (width,))
     for name, codebook in (("row tables, greedy", "row-greedy"), ("row tables, joint", "row")):
-        yield Variant(name, options(codebook), widths)
+        yield Variant(name, options(codebook), narrow)
         if fisher is not None:
             weighed = dataclasses.replace(options(codebook), fisher=fisher)
-            yield Variant(f"{name}, Fisher", weighed, widths)
-    yield Variant(f"row tables, joint, {OUTLIERS:.2%} outliers", options("row", outliers=OUTLIERS), widths)
+            yield Variant(f"{name}, Fisher", weighed, narrow)
+    yield Variant(f"row tables, joint, {OUTLIERS:.2%} outliers", options("row", outliers=OUTLIERS), narrow)
     yield Variant(f"default, {OUTLIERS:.2%} outliers", options("shared", outliers=OUTLIERS), widths)
 
 
@@ -156,19 +166,22 @@ def run(arguments: argparse.Namespace) -> tuple[PerplexityReport, dict[str, Row]
     blocks = evenly_spaced(blocks, arguments.blocks)
     readers, names = [Reader(reference, FLOAT_BITS)], []
     rows: dict[str, Row] = {}
+    files: list[tuple[QuantizeOptions, Path]] = []
     fisher = None if arguments.fisher is None else FisherFile(arguments.fisher)
     with tempfile.TemporaryDirectory() as folder:
         for index, variant in enumerate(
             variants(arguments.bits, arguments.calibration_tokens, arguments.seed, arguments.variants, fisher)
         ):
-            path = Path(folder) / f"{index}.taper"
-            made = quantize(
-                arguments.hf_dir, path, calibration=arguments.calibration, options=variant.options
-            )
-            print(f"{variant.name}: {made.seconds:.0f} s", file=sys.stderr)
+            known = next((path for options, path in files if options == variant.options), None)
+            path = known or Path(folder) / f"{index}.taper"
+            if known is None:
+                made = quantize(
+                    arguments.hf_dir, path, calibration=arguments.calibration, options=variant.options
+                )
+                print(f"{variant.name}: {made.seconds:.0f} s", file=sys.stderr)
+                files.append((variant.options, path))
             rows.setdefault(variant.name, Row()).file_bytes += path.stat().st_size
-            decoder = Decoder.from_taper(TaperFile.open(path))
-            readers += [Reader(decoder, width) for width in variant.widths]
+            readers += variant_readers(TaperFile.open(path), variant)
             names += [variant.name] * len(variant.widths)
         readers.append(Reader(Decoder(int8_activations(float_parts(checkpoint), arguments.seed)), FLOAT_BITS))
         names.append("float weights, int8 activations")
@@ -176,6 +189,15 @@ def run(arguments: argparse.Namespace) -> tuple[PerplexityReport, dict[str, Row]
     for name, result in zip(names, report.results[1:], strict=True):
         rows.setdefault(name, Row()).results.append(result)
     return report, rows
+
+
+def variant_readers(file: TaperFile, variant: Variant) -> list[Reader]:
+    """A reader of each width."""
+    if variant.whole_look_up:
+        decoder = Decoder.from_taper(file)
+        return [Reader(decoder, width) for width in variant.widths]
+    names = [spec.name for spec in file.matrices]
+    return [Reader(Decoder.from_taper(file, dict.fromkeys(names, width)), width) for width in variant.widths]
 
 
 def _progress(done: int, total: int, left_s: float) -> None:
@@ -199,7 +221,7 @@ def table(rows: dict[str, Row]) -> str:
 def _cell(result: WidthResult) -> str:
     assert result.increase_frac is not None
     assert result.mean_kl is not None
-    return f"{result.increase_frac:+.2%} ({result.mean_kl:.4f})"
+    return f"{result.increase_frac:+.2%} ({result.mean_kl:.5f})"
 
 
 def main() -> int:
@@ -208,12 +230,12 @@ def main() -> int:
     parser.add_argument("hf_dir", metavar="HF_DIR")
     parser.add_argument("--calibration", required=True, metavar="TEXT")
     parser.add_argument("--text", required=True, metavar="TEXT")
-    parser.add_argument("--bits", type=int, nargs=2, default=(2, 6), metavar=("MIN", "MAX"))
+    parser.add_argument("--bits", type=int, nargs=2, default=(2, 8), metavar=("MIN", "MAX"))
     parser.add_argument("--protocol", choices=PROTOCOLS, default=PROTOCOLS[0])
     parser.add_argument("--blocks", type=int, default=40, help="blocks, evenly spaced over the text")
     parser.add_argument("--calibration-tokens", type=int, default=QuantizeOptions().calibration_tokens)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--variants", choices=GROUPS, nargs="+", default=GROUPS, help="groups to run")
+    parser.add_argument("--variants", choices=GROUPS, nargs="+", default=list(GROUPS), help="groups to run")
     parser.add_argument("--fisher", metavar="FILE", help="of taper.quantize.fisher, for row tables")
     arguments = parser.parse_args()
     arguments.bits = tuple(arguments.bits)

@@ -1,4 +1,4 @@
-"""Writes the embedded model's card: what it was trained on, and its perplexity at every width.
+"""Writes a trained model's card: what it was trained on, and its perplexity at every width.
 
     python tools/train/card.py --work WORK --hf WORK/hf-final --file src/taper/assets/taper-tiny.taper \
         --text NAME=held-out.txt --text NAME=other.txt > src/taper/assets/MODEL_CARD.md
@@ -65,7 +65,7 @@ def card(options: argparse.Namespace) -> list[str]:
     bits = list(range(file.min_bits, file.max_bits + 1))
     config = file.config
     lines = [
-        "# The embedded model",
+        f"# {options.title}",
         "",
         f"A {config.architecture} with {config.num_layers} layers, hidden {config.hidden_size}, FFN "
         f"{config.intermediate_size}, {config.num_heads} heads, {config.num_kv_heads} KV heads, vocabulary "
@@ -105,6 +105,7 @@ def main() -> None:
     parser.add_argument("--hf", type=Path, required=True, help="the float checkpoint")
     parser.add_argument("--file", type=Path, required=True, help="the .taper file made of it")
     parser.add_argument("--tokens", required=True, help="tokens trained on, in words")
+    parser.add_argument("--title", default="The embedded model")
     parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE", help="repeatable")
     parser.add_argument("--max-blocks", type=int, default=60, help="of each text and protocol")
     print("\n".join(card(parser.parse_args())))

@@ -18,9 +18,10 @@ import sys
 import time
 from collections import deque
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -185,6 +186,26 @@ def rate(progress: float, step: int, decay: float) -> float:
     return warm * min(1.0, max(0.0, (1.0 - progress) / decay))
 
 
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Reads what `write_checkpoint` or grow.py wrote."""
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True)
+    except (OSError, RuntimeError) as error:
+        fail(f"cannot read {path.name}: {error}")
+    return state
+
+
+def sizes(options: argparse.Namespace) -> ModelConfig:
+    """Returns the sizes of a new model: heads of 64, half as many keys as queries, three times as wide within."""
+    return ModelConfig(
+        hidden_size=options.hidden,
+        intermediate_size=3 * options.hidden,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.hidden // 64,
+        num_key_value_heads=options.hidden // 128,
+    )
+
+
 def write_checkpoint(path: Path, state: dict[str, object]) -> None:
     """Writes a checkpoint so that a crash leaves the old or the new one whole."""
     temporary = path.with_suffix(".tmp")
@@ -207,8 +228,12 @@ class Trainer:
         torch.set_num_threads(1)
         # One single-threaded pass per core: cheaper than splitting every operator over the cores.
         self.workers = ThreadPoolExecutor(options.workers, initializer=torch.set_num_threads, initargs=(1,))
-        self.config = ModelConfig(num_hidden_layers=options.layers)
+        source = options.work / "checkpoint.pt" if options.resume else options.initial
+        initial = None if source is None else read_checkpoint(source)
+        self.config = sizes(options) if initial is None else ModelConfig(**initial["config"])
         self.model = LanguageModel(self.config)
+        if initial is not None:
+            self.model.load_state_dict(initial["model"])
         self.backbone = (
             torch.compile(self.model.model, dynamic=False) if options.compile else self.model.model
         )
@@ -231,10 +256,7 @@ class Trainer:
 
     def load(self, path: Path) -> None:
         """Continues from a checkpoint."""
-        try:
-            state = torch.load(path, weights_only=True)
-        except (OSError, RuntimeError) as error:
-            fail(f"cannot read {path.name}: {error}")
+        state = read_checkpoint(path)
         self.model.load_state_dict(state["model"])
         self.muon.load_state_dict(state["muon"])
         self.adam.load_state_dict(state["adam"])
@@ -247,7 +269,7 @@ class Trainer:
     def save(self) -> None:
         """Writes the checkpoint."""
         state = {
-            "config": {"num_hidden_layers": self.options.layers},
+            "config": asdict(self.config),
             "model": self.model.state_dict(),
             "muon": self.muon.state_dict(),
             "adam": self.adam.state_dict(),
@@ -381,6 +403,10 @@ def parse() -> argparse.Namespace:
         "--finish-at", required=True, metavar="HH:MM", help="UTC time by which all is written"
     )
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--hidden", type=int, default=256, help="a multiple of 256")
+    parser.add_argument(
+        "--initial", type=Path, help="start from the weights and sizes of this checkpoint (grow.py)"
+    )
     parser.add_argument("--batch", type=int, default=4096, help="tokens per step")
     parser.add_argument("--workers", type=int, default=2, help="passes at the same time, one core each")
     parser.add_argument("--part", type=int, default=2048, help="tokens per forward and backward pass")
