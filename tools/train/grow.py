@@ -1,8 +1,8 @@
 """Twice as wide from a trained checkpoint, with the same outputs: where a larger run starts.
 
-HyperCloning (Samragh et al., arXiv 2409.12903, section 3): every vector of the larger model holds the smaller
-one's twice, every matrix is [[W, W], [W, W]] / 2. The halves of each row get opposite noise, which the doubled
-inputs cancel: the outputs stay, and training does not keep the halves equal.
+HyperCloning (Samragh et al., arXiv 2409.12903, section 3): every vector of the larger model holds the
+smaller one's twice, every matrix is [[W, W], [W, W]] / 2. The halves of each row get opposite noise, which
+the doubled inputs cancel: the outputs stay, and training does not keep the halves equal.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def doubled(config: ModelConfig) -> ModelConfig:
 
 
 def widen(name: str, weight: Tensor) -> Tensor:
-    """Returns a parameter of the larger model, (2 rows, 2 columns) or (2 size) or, embedded, (rows, 2 size)."""
+    """Returns a parameter of the larger model: twice the rows and columns, an embedding's columns only."""
     if "embed" in name:
         return weight.repeat(1, 2)
     if weight.ndim == 1:

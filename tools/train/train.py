@@ -196,7 +196,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def sizes(options: argparse.Namespace) -> ModelConfig:
-    """Returns the sizes of a new model: heads of 64, half as many keys as queries, three times as wide within."""
+    """Returns the sizes of a new model: heads of 64, half as many of keys, a feed-forward of 3 hidden."""
     return ModelConfig(
         hidden_size=options.hidden,
         intermediate_size=3 * options.hidden,
