@@ -47,6 +47,8 @@ from taper.tokenizer import Tokenizer
 
 # llama.cpp's F32 model must be ours: sums of another order give 1e-9 nats, a wrong head order gives 1.
 MAX_FLOAT_KL = 1e-7
+# At a KL of 5e-12 one position in 8,000 had its two likeliest tokens within the rounding of float32.
+LEAST_FLOAT_TOP1 = 0.999
 PROTOCOL = "llama.cpp"
 
 
@@ -172,10 +174,14 @@ def paired(
 
 def check_float(check: WidthResult) -> None:
     """Refuse to compare anything where llama.cpp's float model is not ours."""
-    if check.mean_kl is None or check.mean_kl > MAX_FLOAT_KL or check.top1_agreement != 1.0:
+    if (
+        check.mean_kl is None
+        or check.mean_kl > MAX_FLOAT_KL
+        or (check.top1_agreement or 0.0) < LEAST_FLOAT_TOP1
+    ):
         raise BenchmarkError(
             f"llama.cpp's F32 model is not the checkpoint: KL {check.mean_kl}, top-1 {check.top1_agreement}; "
-            f"at most {MAX_FLOAT_KL:g} and 1.0 are allowed, so nothing can be compared"
+            f"at most {MAX_FLOAT_KL:g} and at least {LEAST_FLOAT_TOP1:g} are allowed, so nothing can be compared"
         )
 
 
