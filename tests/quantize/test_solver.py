@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 
 from taper.errors import TaperError, UsageError
-from taper.kernels import num_threads, set_num_threads
+from taper.kernels import _native, num_threads, set_num_threads
 from taper.quantize.codebook import NestedCodebook, gaussian_codebook
 from taper.quantize.solver import Solution, SolverOptions, factorise, solve
 
@@ -185,9 +185,24 @@ def test_a_scale_beyond_float16_is_refused() -> None:
         solve(np.array([[1.0, 1.0], [1e6, 1e6]], dtype=np.float32), np.eye(2), BOOK, SolverOptions())
 
 
+def test_weights_that_are_not_finite_are_refused() -> None:
+    """Costs that are no numbers have no least one to stop the search at."""
+    weights = np.full((2, 4), np.nan, dtype=np.float32)
+    eye, ones = np.eye(4, dtype=np.float32), np.ones((3, 2), dtype=np.float32)
+    values = np.concatenate([level.reals for level in gaussian_codebook(2, 4).levels])
+    with pytest.raises(ValueError, match="weight 0 is nan"):
+        _native.solve_nested(weights, eye, eye, values, ones[:, 0].copy(), ones, 2, 4, 1, True)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("importance_base", 0.0), ("importance_base", float("nan")), ("damping", 0.0), ("passes", -1)],
+    [
+        ("importance_base", 0.0),
+        ("importance_base", float("nan")),
+        ("damping", 0.0),
+        ("passes", -1),
+        ("lookup_share", -0.1),
+    ],
 )
 def test_options_outside_their_range_are_refused(field: str, value: float) -> None:
     with pytest.raises(UsageError, match=field.replace("_", " ")):

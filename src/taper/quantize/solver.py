@@ -59,15 +59,21 @@ class SolverOptions:
 
     def __post_init__(self) -> None:
         if not (np.isfinite(self.importance_base) and self.importance_base > 0):
-            raise UsageError(f"importance base {self.importance_base} is not a positive number")
+            raise UsageError(
+                f"importance base {self.importance_base} is not a positive number",
+                hint="1 weighs all widths alike, 4 the wide ones most",
+            )
         if not (np.isfinite(self.damping) and self.damping > 0):
             raise UsageError(
                 f"damping {self.damping} is not a positive number", hint="0.01 suits most models"
             )
         if not (np.isfinite(self.lookup_share) and self.lookup_share >= 0):
-            raise UsageError(f"lookup share {self.lookup_share} is not a number from 0 up")
+            raise UsageError(
+                f"lookup share {self.lookup_share} is not a number from 0 up",
+                hint="0 leaves the look-up out",
+            )
         if self.passes < 0:
-            raise UsageError(f"passes {self.passes} is negative")
+            raise UsageError(f"passes {self.passes} is negative", hint="0 stops after the sweep")
 
 
 @dataclass(frozen=True, slots=True)
