@@ -174,14 +174,11 @@ def paired(
 
 def check_float(check: WidthResult) -> None:
     """Refuse to compare anything where llama.cpp's float model is not ours."""
-    if (
-        check.mean_kl is None
-        or check.mean_kl > MAX_FLOAT_KL
-        or (check.top1_agreement or 0.0) < LEAST_FLOAT_TOP1
-    ):
+    divergence, top1 = check.mean_kl, check.top1_agreement
+    if divergence is None or top1 is None or divergence > MAX_FLOAT_KL or top1 < LEAST_FLOAT_TOP1:
         raise BenchmarkError(
-            f"llama.cpp's F32 model is not the checkpoint: KL {check.mean_kl}, top-1 {check.top1_agreement}; "
-            f"at most {MAX_FLOAT_KL:g} and at least {LEAST_FLOAT_TOP1:g} are allowed, so nothing can be compared"
+            f"llama.cpp's F32 model is not the checkpoint: KL {divergence}, top-1 {top1}; at most "
+            f"{MAX_FLOAT_KL:g} and at least {LEAST_FLOAT_TOP1:g} are allowed, so nothing can be compared"
         )
 
 
