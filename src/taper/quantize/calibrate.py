@@ -31,6 +31,9 @@ Int32 = NDArray[np.int32]
 SEQUENCE_TOKENS = 512
 # English gives 3 to 5 characters a token; a window of 12 fills a sequence in any usual tokenizer.
 CHARACTERS_PER_TOKEN = 12
+# Whose inputs are counted together: at 5632 columns the sum in float64 takes as long as the products of 256
+# tokens.
+_HELD_SEQUENCES = 4
 _GENERATION_STREAM = 1 << 20  # beyond the number of any matrix, whose signs take the streams below
 
 
@@ -97,7 +100,7 @@ def generate_tokens(checkpoint: HfCheckpoint, num_tokens: int, seed: int) -> Int
 
 @dataclass(slots=True)
 class Moments:
-    """Running moments of one matrix's inputs: the sums are float64, each sequence's products float32.
+    """Running moments of one matrix's inputs: the sums are float64, the products of one `add` float32.
 
     Attributes:
         total: sum of x x^T, (in_features, in_features).
@@ -183,16 +186,20 @@ class CalibrationRun:
             raise ValueError(f"layer {index} asked for, layer {self._next} is next")
         hidden = self._hidden_states()
         block, moments = self._block(index), {}
+        held: dict[str, list[Float32]] = {}
         for name in (f"layers.{index}.{part}" for part in ("qkv", "o", "gate_up", "down")):
             if observe:
-                size = self._sources[name].in_features
-                moments[name] = Moments.empty(size)
+                moments[name], held[name] = Moments.empty(self._sources[name].in_features), []
         length = hidden.shape[1]
         cos, sin = self._rope.tables(length, length)
-        step = Step(0, cos, sin, FLOAT_BITS, (lambda name, x: moments[name].add(x)) if observe else None)
+        step = Step(0, cos, sin, FLOAT_BITS, (lambda name, x: held[name].append(x)) if observe else None)
         cache = KvCache(1, self._config.num_kv_heads, length, self._config.head_dim, np.float32)
-        for sequence in hidden:
+        for done, sequence in enumerate(hidden, 1):
             sequence[:] = block(np.ascontiguousarray(sequence), cache.layers[0], step)
+            if done % _HELD_SEQUENCES == 0 or done == len(hidden):
+                for name, found in moments.items():
+                    found.add(np.concatenate(held[name]))
+                    held[name].clear()
         for name, found in moments.items():
             found.check(name)
         self._next += 1

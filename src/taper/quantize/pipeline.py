@@ -37,6 +37,8 @@ Float64 = NDArray[np.float64]
 Int32 = NDArray[np.int32]
 
 
+# Rows whose biases are found together: a head of 32,000 rows takes 1 GB of indices and values at once.
+_OFFSET_ROWS = 512
 # All planes, in the shard folder, while their sensitivity is measured.
 _WHOLE_FILE = "whole.taper"
 
@@ -245,8 +247,8 @@ class _Job:
             if not unfinished or (unfinished == [head] and self.shards.holds(head)):
                 return
             names = [name for name in unfinished if name.startswith(f"layers.{index}.")]
-            moments = walk.layer(index, observe=bool(names))
             self.meter.advance("calibrate", f"layers.{index}", 0)
+            moments = walk.layer(index, observe=bool(names))
             balanced = balance_layer(config, index, moments, self._read) if names and self._balances else {}
             for name in names:
                 self._solve_missing(name, moments[name], balanced.get(name, Adjustment()))
@@ -279,6 +281,7 @@ class _Job:
         spec = next(spec for spec in self.specs if spec.name == name)
         if self.shards.holds(name):
             return
+        self.meter.advance("solve", name, 0)
         weights, bias = read_matrix(self.checkpoint, self.sources[name])
         rotated = rotate(np.ascontiguousarray(adjustment.apply(weights)), self._signs(spec), spec.block)
         second, mean = self._moments(spec, moments, adjustment)
@@ -308,10 +311,12 @@ class _Job:
     def _offsets(self, weights: Float32, made: QuantizedMatrix, mean: Float32) -> NDArray[np.float16]:
         """The bias of each width, float16 (levels, out_features)."""
         offsets = np.empty(made.scales.shape, dtype=np.float16)
-        for row, level in enumerate(self.codebook.levels):
-            coded = level.reals[made.codes >> (self.codebook.max_bits - level.bits)]
-            coded *= made.scales[row].astype(np.float32)[:, None]
-            offsets[row] = width_offsets(weights - coded, mean)
+        for begin in range(0, len(weights), _OFFSET_ROWS):
+            rows = slice(begin, begin + _OFFSET_ROWS)
+            for row, level in enumerate(self.codebook.levels):
+                coded = level.reals.take(made.codes[rows] >> (self.codebook.max_bits - level.bits))
+                coded *= made.scales[row, rows].astype(np.float32)[:, None]
+                offsets[row, rows] = width_offsets(weights[rows] - coded, mean)
         return offsets
 
     def _signs(self, spec: MatrixSpec) -> Float32:
