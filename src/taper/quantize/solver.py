@@ -152,7 +152,7 @@ def factorise(moments: Float64, damping: float) -> tuple[Float32, Float32]:
     mean = float(np.trace(moments)) / len(moments)
     hessian = moments / mean if mean > 0 else np.zeros_like(moments)
     hessian[np.diag_indices_from(hessian)] += damping
-    upper = np.linalg.cholesky(hessian[::-1, ::-1])[::-1, ::-1]
+    upper: Float64 = np.linalg.cholesky(hessian[::-1, ::-1])[::-1, ::-1].astype(np.float64, copy=False)
     factor = invert_upper(upper).astype(np.float32)
     return hessian.astype(np.float32), factor
 
