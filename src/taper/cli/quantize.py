@@ -12,6 +12,10 @@ from taper.cli.terminal import file_size, progress_bar
 from taper.errors import DoesNotFitError, UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from taper.cli.card import Update
+    from taper.quantize import QuantizeOptions, QuantizeReport
     from taper.quantize.progress import Progress
     from taper.quantize.shrink import Budget
 
@@ -96,11 +100,10 @@ def command(
     Stopped work is kept in FILE.partial; the same command goes on from there and gives the same bytes.
     """
     from dataclasses import replace
-    from functools import partial
 
     from taper.cli.card import card_step
     from taper.formats.spec import parse_widths
-    from taper.quantize import QuantizeOptions, quantize
+    from taper.quantize import QuantizeOptions
     from taper.quantize.fisher_file import FisherFile
     from taper.quantize.methods import MethodOptions
 
@@ -119,12 +122,30 @@ def command(
     if calibration_tokens is not None:
         options = replace(options, calibration_tokens=calibration_tokens)
     step = card_step(hf_dir, calibration, options.calibration_tokens, card_text) if has_card else None
+    result = _quantised(hf_dir, out, calibration, options, step)
+    size = file_size(_checked_bytes(out, target_size))
+    tokens = f"{result.calibration_tokens:,} calibration tokens"
+    click.echo(f"{out}: {size}, {_widths(out)}, {tokens}, {result.seconds:.0f} s")
+
+
+def _quantised(
+    hf_dir: str,
+    out: str,
+    calibration: str | None,
+    options: QuantizeOptions,
+    step: Callable[[Update, Path], None] | None,
+) -> QuantizeReport:
+    """Quantise below a progress bar, which the card's step moves on."""
+    from functools import partial
+
+    from taper.quantize import quantize
+
     with progress_bar("quantize") as update:
 
         def report(progress: Progress) -> None:
             update(f"{progress.stage} {progress.name}", progress.done_frac, progress.eta_s)
 
-        result = quantize(
+        return quantize(
             hf_dir,
             out,
             calibration=calibration,
@@ -132,9 +153,6 @@ def command(
             progress=report,
             after_write=None if step is None else partial(step, update),
         )
-    size = file_size(_checked_bytes(out, target_size))
-    tokens = f"{result.calibration_tokens:,} calibration tokens"
-    click.echo(f"{out}: {size}, {_widths(out)}, {tokens}, {result.seconds:.0f} s")
 
 
 def _budget(bits_per_weight: float | None, target_size: int | None, has_card: bool) -> Budget | None:

@@ -140,8 +140,7 @@ def quantize(
     """
     begin = time.perf_counter()
     options = options or QuantizeOptions()
-    out = Path(out)
-    _check(out, options)
+    out = _checked(Path(out), options)
     checkpoint = HfCheckpoint.open(hf_dir)
     codebook = options.method.build_codebook(options.bits)
     given = None
@@ -170,7 +169,7 @@ def quantize(
     return QuantizeReport(out, tokens.size, errors, time.perf_counter() - begin)
 
 
-def _check(out: Path, options: QuantizeOptions) -> None:
+def _checked(out: Path, options: QuantizeOptions) -> Path:
     """Refuse before hours of work a file that cannot be written and what no allocation can give."""
     if out.is_dir() or not out.parent.is_dir():
         raise UsageError(
@@ -182,6 +181,7 @@ def _check(out: Path, options: QuantizeOptions) -> None:
         raise UsageError(
             f"{asked:g} bits per weight are outside {low}..{high}", hint="choose other bits, or other planes"
         )
+    return out
 
 
 def _own_tokens(
