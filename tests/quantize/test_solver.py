@@ -11,7 +11,7 @@ import pytest
 from taper.errors import TaperError, UsageError
 from taper.kernels import _native, num_threads, set_num_threads
 from taper.quantize.codebook import NestedCodebook, gaussian_codebook
-from taper.quantize.solver import Solution, SolverOptions, factorise, invert_upper, solve
+from taper.quantize.solver import Solution, SolverOptions, factorise, invert_lower, solve
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
@@ -195,14 +195,14 @@ def test_weights_that_are_not_finite_are_refused() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 128, 129, 300])
-def test_an_upper_triangle_is_inverted_by_halves(size: int) -> None:
+def test_a_lower_triangle_is_inverted_by_halves(size: int) -> None:
     root = np.random.default_rng(size).standard_normal((size, 2 * size))
-    upper = np.linalg.cholesky(root @ root.T / size).T
-    inverse = invert_upper(upper)
-    assert np.array_equal(inverse, np.triu(inverse))
+    lower = np.linalg.cholesky(root @ root.T / size)
+    inverse = invert_lower(lower)
+    assert np.array_equal(inverse, np.tril(inverse))
     # Either inverse is within n u cond of the true one (Higham, Accuracy and Stability, section 14.2).
-    tolerance = 2 * size * np.finfo(np.float64).eps * np.linalg.cond(upper) * np.linalg.norm(inverse)
-    assert np.linalg.norm(inverse - np.linalg.inv(upper)) <= tolerance
+    tolerance = 2 * size * np.finfo(np.float64).eps * np.linalg.cond(lower) * np.linalg.norm(inverse)
+    assert np.linalg.norm(inverse - np.linalg.inv(lower)) <= tolerance
 
 
 @pytest.mark.parametrize(

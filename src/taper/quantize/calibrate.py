@@ -34,6 +34,8 @@ CHARACTERS_PER_TOKEN = 12
 # Whose inputs are counted together: at 5632 columns the sum in float64 takes as long as the products of 256
 # tokens.
 _HELD_SEQUENCES = 4
+# Rows and columns of moments that are worked on at once: all of 5632 by 5632 take 254 MB in float64.
+_PART = 256
 _GENERATION_STREAM = 1 << 20  # beyond the number of any matrix, whose signs take the streams below
 
 
@@ -150,13 +152,32 @@ class Moments:
             float64 (in_features, in_features) and float32 (in_features).
         """
         mean = self.first / self.num_tokens if centred else np.zeros(len(self.first))
-        second = self.total / self.num_tokens - np.outer(mean, mean)
+        second = np.empty(self.total.shape, dtype=np.float32)
+        for rows in _parts(len(mean)):
+            part = self.total[rows] / self.num_tokens
+            part -= np.outer(mean[rows], mean)
+            if gain is not None:
+                part *= np.outer(gain[rows], gain)
+            second[rows] = part
         if gain is not None:
-            second *= np.outer(gain, gain)
             mean = mean * gain
-        half = rotate(second.astype(np.float32), signs, block)
-        full = rotate(np.ascontiguousarray(half.T), signs, block).astype(np.float64)
-        return 0.5 * (full + full.T), rotate(mean.astype(np.float32)[None], signs, block)[0]
+        half = rotate(second, signs, block)
+        full = rotate(np.ascontiguousarray(half.T), signs, block)
+        return _symmetric(full), rotate(mean.astype(np.float32)[None], signs, block)[0]
+
+
+def _symmetric(square: Float32) -> Float64:
+    """The mean of a square matrix and its transpose; by parts, as whole columns would miss the cache."""
+    mean = np.empty(square.shape)
+    for rows in _parts(len(square)):
+        for columns in _parts(len(square)):
+            np.add(square[rows, columns], square[columns, rows].T, out=mean[rows, columns], dtype=np.float64)
+    mean *= 0.5
+    return mean
+
+
+def _parts(size: int) -> list[slice]:
+    return [slice(begin, begin + _PART) for begin in range(0, size, _PART)]
 
 
 class CalibrationRun:

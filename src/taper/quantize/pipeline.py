@@ -37,8 +37,8 @@ Float64 = NDArray[np.float64]
 Int32 = NDArray[np.int32]
 
 
-# Rows whose biases are found together: a head of 32,000 rows takes 1 GB of indices and values at once.
-_OFFSET_ROWS = 512
+# Rows whose biases are found together: all of a head of 32,000 rows take 1 GB of indices and values.
+_OFFSET_ROWS = 64
 # All planes, in the shard folder, while their sensitivity is measured.
 _WHOLE_FILE = "whole.taper"
 
@@ -311,12 +311,19 @@ class _Job:
     def _offsets(self, weights: Float32, made: QuantizedMatrix, mean: Float32) -> NDArray[np.float16]:
         """The bias of each width, float16 (levels, out_features)."""
         offsets = np.empty(made.scales.shape, dtype=np.float16)
+        every = np.arange(1 << self.codebook.max_bits)
+        tables = [
+            level.reals[every >> (self.codebook.max_bits - level.bits)] for level in self.codebook.levels
+        ]
         for begin in range(0, len(weights), _OFFSET_ROWS):
             rows = slice(begin, begin + _OFFSET_ROWS)
-            for row, level in enumerate(self.codebook.levels):
-                coded = level.reals.take(made.codes[rows] >> (self.codebook.max_bits - level.bits))
+            codes = made.codes[rows].astype(np.intp)
+            coded = np.empty(codes.shape, dtype=np.float32)
+            for row, table in enumerate(tables):
+                table.take(codes, out=coded, mode="clip")  # no code is beyond the table; "raise" copies
                 coded *= made.scales[row, rows].astype(np.float32)[:, None]
-                offsets[row, rows] = width_offsets(weights[rows] - coded, mean)
+                np.subtract(weights[rows], coded, out=coded)
+                offsets[row, rows] = width_offsets(coded, mean)
         return offsets
 
     def _signs(self, spec: MatrixSpec) -> Float32:

@@ -146,31 +146,36 @@ def solve(
 def factorise(moments: Float64, damping: float) -> tuple[Float32, Float32]:
     """The damped second moments H, scaled to a mean diagonal of 1, and the upper U with U^T U = H^-1.
 
-    From H = M M^T with M upper triangular (a Cholesky factor of H turned round), U = M^-1: no inverse of H is
-    formed.
+    With J the exchange of first and last, J H J = L L^T gives H = M M^T with M = J L J upper triangular, and
+    U = M^-1 = J L^-1 J: no inverse of H is formed.
     """
     mean = float(np.trace(moments)) / len(moments)
     hessian = moments / mean if mean > 0 else np.zeros_like(moments)
     hessian[np.diag_indices_from(hessian)] += damping
-    upper: Float64 = np.linalg.cholesky(hessian[::-1, ::-1])[::-1, ::-1].astype(np.float64, copy=False)
-    factor = invert_upper(upper).astype(np.float32)
+    lower: Float64 = np.linalg.cholesky(hessian[::-1, ::-1]).astype(np.float64, copy=False)
+    factor = np.ascontiguousarray(invert_lower(lower)[::-1, ::-1], dtype=np.float32)
     return hessian.astype(np.float32), factor
 
 
-def invert_upper(upper: Float64) -> Float64:
-    """The inverse of an upper triangular matrix, (n, n).
+def invert_lower(lower: Float64) -> Float64:
+    """The inverse of a lower triangular matrix, (n, n).
 
-    By halves: [[A, B], [0, C]] has the inverse [[A', -A' B C'], [0, C']], so that nearly all the work is
+    By halves: [[A, 0], [B, C]] has the inverse [[A', 0], [-C' B A', C']], so that nearly all the work is
     products; a general inverse takes six times the arithmetic.
     """
-    if len(upper) <= _INVERSE_COLUMNS:
-        return np.triu(np.linalg.inv(upper))
-    half = len(upper) // 2
-    inverse = np.zeros(upper.shape)
-    first, last = invert_upper(upper[:half, :half]), invert_upper(upper[half:, half:])
-    inverse[:half, :half], inverse[half:, half:] = first, last
-    inverse[:half, half:] = -(first @ (upper[:half, half:] @ last))
+    inverse = np.zeros(lower.shape)
+    _invert_into(lower, inverse)
     return inverse
+
+
+def _invert_into(lower: Float64, inverse: Float64) -> None:
+    if len(lower) <= _INVERSE_COLUMNS:
+        inverse[:] = np.tril(np.linalg.inv(lower))
+        return
+    half = len(lower) // 2
+    _invert_into(lower[:half, :half], inverse[:half, :half])
+    _invert_into(lower[half:, half:], inverse[half:, half:])
+    np.matmul(-inverse[half:, half:], lower[half:, :half] @ inverse[:half, :half], out=inverse[half:, :half])
 
 
 def row_scales(weights: Float32) -> Float32:
