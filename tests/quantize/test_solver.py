@@ -11,7 +11,14 @@ import pytest
 from taper.errors import TaperError, UsageError
 from taper.kernels import _native, num_threads, set_num_threads
 from taper.quantize.codebook import NestedCodebook, gaussian_codebook
-from taper.quantize.solver import Solution, SolverOptions, factorise, invert_lower, solve
+from taper.quantize.solver import (
+    Solution,
+    SolverOptions,
+    factorise,
+    importance_of,
+    invert_lower,
+    solve,
+)
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
@@ -119,6 +126,11 @@ def test_feedback_and_passes_lower_the_output_error() -> None:
     # Coordinate descent can only lower its objective; 1e-4 is room for float32 products.
     assert all(after <= before * (1 + 1e-4) for before, after in pairwise(objective))
     assert objective[1] < 0.99 * objective[0]
+
+
+def test_importance_grows_by_its_base_and_above_six_bits_by_the_root() -> None:
+    figures = [importance_of(4.0, bits) for bits in range(4, 9)]
+    assert [more / less for less, more in pairwise(figures)] == [4.0, 4.0, 2.0, 2.0]
 
 
 def test_scales_are_the_least_squares_ones() -> None:
