@@ -150,7 +150,8 @@ def solve(
 
 def importance_of(base: float, bits: int) -> float:
     """How much the error of a width counts, 1 at 0 bits."""
-    return base ** (min(bits, _FULL_GROWTH_BITS) + 0.5 * max(bits - _FULL_GROWTH_BITS, 0))
+    growths = min(bits, _FULL_GROWTH_BITS) + 0.5 * max(bits - _FULL_GROWTH_BITS, 0)
+    return float(base**growths)
 
 
 def factorise(moments: Float64, damping: float) -> tuple[Float32, Float32]:
