@@ -113,7 +113,7 @@ def row_json(row: Row) -> dict[str, Any]:
 
 
 def plot(measured: Sequence[Row], ours: Sequence[Point], title: str, path: Path) -> None:
-    """Draw divergence over bits per weight: ours as a line, theirs as points, logarithmic upwards.
+    """Draw divergence over bits per weight: ours as lines, theirs as points, logarithmic upwards.
 
     Args:
         measured: whose peers become points.
@@ -128,10 +128,12 @@ def plot(measured: Sequence[Row], ours: Sequence[Point], title: str, path: Path)
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    line = sorted(ours, key=lambda point: point.bits_per_weight)
-    axes.errorbar(
-        *_curve(line), yerr=[_kl_error(point) for point in line], marker=".", label="one .taper file"
-    )
+    for allocated, style in ((True, "-"), (False, ":")):
+        line = [point for point in ours if (not float(point.name).is_integer()) == allocated]
+        line.sort(key=lambda point: point.bits_per_weight)
+        label = "one .taper file, " + ("allocated" if allocated else "one width in every matrix")
+        errors = [_kl_error(point) for point in line]
+        axes.errorbar(*_curve(line), yerr=errors, marker=".", linestyle=style, label=label)
     for imatrix, marker in ((False, "s"), (True, "^")):
         points = [row.theirs for row in measured if row.theirs.name.endswith("imatrix") == imatrix]
         label = "llama.cpp with importance matrix" if imatrix else "llama.cpp"
