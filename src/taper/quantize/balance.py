@@ -38,13 +38,12 @@ class Adjustment:
     """How a matrix is changed before its rotation.
 
     Attributes:
-        gain: float32 (in_features): the columns are divided by it; None changes nothing.
-        stored: whether the file holds the gain; else the rows that make the inputs have it.
+        gain: float32 (in_features): the columns are divided by it; None changes nothing. The file holds it
+            where a norm precedes, else the rows that make the inputs have it.
         rows: float32 (out_features): the rows are multiplied by it, for the matrix that reads their output.
     """
 
     gain: Float32 | None = None
-    stored: bool = False
     rows: Float32 | None = None
 
     def apply(self, weights: Float32) -> Float32:
@@ -96,7 +95,7 @@ def balance_layer(
 def balance_normed(weights: Float32, moments: Moments, rows: Float32 | None = None) -> Adjustment:
     """The adjustment of a matrix after a norm; `rows` (out_features) are those of `Adjustment`."""
     scaled = weights if rows is None else weights * rows[:, None]
-    return Adjustment(column_scales(_energies(scaled), moments.variances()), stored=True, rows=rows)
+    return Adjustment(column_scales(_energies(scaled), moments.variances()), rows)
 
 
 def width_offsets(errors: Float32, mean: Float32) -> NDArray[np.float16]:

@@ -244,7 +244,7 @@ class _Job:
             self._solve_missing("embed", None, Adjustment())
         unfinished = [spec.name for spec in self.specs if not self.shards.holds(spec.name)]
         for index in range(config.num_layers):
-            if not unfinished or (unfinished == [head] and self.shards.holds(head)):
+            if not unfinished:
                 return
             names = [name for name in unfinished if name.startswith(f"layers.{index}.")]
             self.meter.advance("calibrate", f"layers.{index}", 0)
