@@ -15,8 +15,12 @@ constexpr int kMaxMagnitudeBits = 14;    // 2^14 - 1 = 256 * 64 - 1: both parts 
 // each.
 class Activations {
  public:
+  Activations() = default;  // of nothing yet
   // Throws std::invalid_argument unless tokens >= 1 and cols is a positive multiple of 64.
-  Activations(int64_t tokens, int64_t cols, bool wide);
+  Activations(int64_t tokens, int64_t cols, bool wide) { reshape(tokens, cols, wide); }
+
+  // Throws as the constructor. What was there is lost; memory is kept where it is enough.
+  void reshape(int64_t tokens, int64_t cols, bool wide);
 
   int64_t tokens() const { return tokens_; }
   int64_t cols() const { return cols_; }
@@ -36,9 +40,10 @@ class Activations {
   struct Free {
     void operator()(unsigned char* memory) const;
   };
-  int64_t tokens_;
-  int64_t cols_;
-  bool wide_;
+  int64_t tokens_ = 0;
+  int64_t cols_ = 0;
+  bool wide_ = false;
+  int64_t bytes_ = 0;  // of memory_
   std::unique_ptr<unsigned char[], Free> memory_;
 };
 
@@ -52,6 +57,10 @@ struct Norm {
   const float* gain;  // (n) or null
   float eps;
 };
+
+// One row of x (n): norm, rotation, integers into row `token` of `out`. Checks nothing.
+void prepare_row(const Kernels& kernels, const float* x, int64_t n, const Norm& norm, const Rotation& rotation,
+                 int magnitude_bits, const Activations& out, int64_t token);
 
 // For each row of x (tokens, n): norm, rotation, integers. Fills all of `out`, whose cols are n padded and which is
 // wide exactly for magnitude_bits above 7.

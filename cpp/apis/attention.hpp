@@ -1,29 +1,86 @@
-// RoPE and attention over a KV cache.
+// RoPE, the KV cache and attention for rows of several sequences.
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "taper/kernels.hpp"
 
 namespace taper {
 
-// Fused query, key and value rows of consecutive tokens: (tokens, (heads + 2 kv_heads) * head_dim).
+// cos, sin (num_positions, half) of position * inv_freq (half), times the attention factor.
+void rope_tables(const double* inv_freq, int64_t half, int64_t num_positions, double attention_factor, float* cos,
+                 float* sin);
+
+struct AttentionShape {
+  int64_t heads;
+  int64_t kv_heads;
+  int64_t head_dim;
+
+  int64_t group() const { return heads / kv_heads; }
+  int64_t qkv_width() const { return (heads + 2 * kv_heads) * head_dim; }
+};
+
+// Throws std::invalid_argument unless heads are a positive multiple of positive kv_heads and head_dim is even.
+void check_shape(const AttentionShape& shape);
+
+// Consecutive tokens of one sequence: rows row .. row + tokens - 1 of the activations.
+struct Span {
+  int64_t row;
+  int64_t tokens;
+  int64_t position;  // of the first token; token t sees the entries 0 .. position + t of its cache
+};
+
+// Attention of some spans, cut into items that may run at the same time; then a finish for each row. Where rows are few
+// the chunks of a long context are items of their own, whose states the finish merges in rising order; else an item
+// takes a tile of rows over all their chunks. Both give the same bytes.
+class AttentionWork {
+ public:
+  explicit AttentionWork(const AttentionShape& shape) : shape_(shape) {}
+
+  // Forgets the last spans. Only their number and lengths decide about the items.
+  void reset(const std::vector<Span>& spans);
+
+  int64_t items() const { return static_cast<int64_t>(items_.size()); }
+  int64_t rows() const { return static_cast<int64_t>(chunks_of_row_.size()); }
+
+  // q: rows of `q_stride` floats that begin with the query heads, after RoPE; caches: one for each span.
+  void run(const Kernels& kernels, int64_t item, const float* q, int64_t q_stride, const KvView* caches, float scale);
+
+  // out (heads * head_dim): the attention of one row, when all items are done.
+  void finish(const Kernels& kernels, int64_t row, float* out);
+
+ private:
+  struct Item {
+    int64_t span, first_token, last_token, kv_head, first_head, heads, first_chunk, last_chunk;
+  };
+
+  void add_items(int64_t span, const Span& of);
+  void run_row(const Kernels& kernels, const Item& item, int64_t token, int64_t chunk, const float* q, const KvView& kv,
+               float scale);
+  AttentionState state(int64_t row, int64_t part, int64_t head);
+
+  AttentionShape shape_;
+  std::vector<Span> spans_;
+  std::vector<Item> items_;
+  std::vector<int64_t> chunks_of_row_;
+  bool split_ = false;  // chunks are items
+  int64_t parts_ = 1;   // states of a row
+  std::vector<float> states_;
+};
+
+// Rows of queries, keys and values of consecutive tokens: (tokens, qkv_width).
 struct QkvRows {
   int64_t tokens;
   int64_t width;
   int64_t heads;
 };
 
-// cos, sin (num_positions, half): of position * inv_freq, times attention_factor, in double before rounding.
-void rope_tables(const double* inv_freq, int64_t half, int64_t num_positions, double attention_factor, float* cos,
-                 float* sin);
-
-// Rotates the queries in qkv in place and stores rotated keys and values at position, position + 1, ...
-// cos, sin: (num_table_rows, head_dim / 2), indexed by position.
+// Rotates queries in place and stores rotated keys, and values. cos, sin: whole tables of num_table_rows.
 void rope_store(float* qkv, const QkvRows& rows, const KvView& kv, int64_t position, const float* cos, const float* sin,
                 int64_t num_table_rows);
 
-// out (tokens, heads * head_dim): token t attends to the entries 0 .. position + t.
+// out (tokens, heads * head_dim).
 void attention(const float* qkv, const QkvRows& rows, const KvView& kv, int64_t position, float scale, float* out);
 
 }  // namespace taper

@@ -40,21 +40,25 @@ void Outliers::add_product(const Activations& activations, float* out) const {
   const ActivationsView inputs = activations.view();
   const int64_t cols = activations.cols(), mean = starts_[rows_] / rows_ + 1;
   const Plan plan = plan_items(rows_, mean * inputs.tokens * kPsPerOutlier, num_threads());
-  parallel_for(rows_, plan.chunk, plan.threads, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      if (starts_[row] == starts_[row + 1]) continue;
-      for (int64_t t = 0; t < inputs.tokens; ++t) {
-        float sum = 0.0f;
-        for (int32_t i = starts_[row]; i < starts_[row + 1]; ++i) {
-          const int64_t at = t * cols + columns_[i];
-          const int q = inputs.low == nullptr ? inputs.q[at] : (inputs.q[at] << kInputShift) + inputs.low[at];
-          sum = sum + reference::from_half(values_[i]) * static_cast<float>(q);
-        }
-        float& y = out[t * rows_ + row];
-        y = y + sum * inputs.scale[t];
+  parallel_for(rows_, plan.chunk, plan.threads,
+               [&](int64_t begin, int64_t end) { add_product_rows(inputs, cols, begin, end, out); });
+}
+
+void Outliers::add_product_rows(const ActivationsView& inputs, int64_t cols, int64_t begin, int64_t end,
+                                float* out) const {
+  for (int64_t row = begin; row < end; ++row) {
+    if (starts_[row] == starts_[row + 1]) continue;
+    for (int64_t t = 0; t < inputs.tokens; ++t) {
+      float sum = 0.0f;
+      for (int32_t i = starts_[row]; i < starts_[row + 1]; ++i) {
+        const int64_t at = t * cols + columns_[i];
+        const int q = inputs.low == nullptr ? inputs.q[at] : (inputs.q[at] << kInputShift) + inputs.low[at];
+        sum = sum + reference::from_half(values_[i]) * static_cast<float>(q);
       }
+      float& y = out[t * rows_ + row];
+      y = y + sum * inputs.scale[t];
     }
-  });
+  }
 }
 
 void Outliers::add_rows(const int64_t* indices, int64_t count, float* out) const {

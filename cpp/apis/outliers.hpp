@@ -21,6 +21,9 @@ class Outliers {
   // out (tokens, rows) += the outliers times the activations; rows without outliers stay as they are.
   void add_product(const Activations& activations, float* out) const;
 
+  // The same for rows begin .. end - 1, on this thread; checks nothing.
+  void add_product_rows(const ActivationsView& inputs, int64_t cols, int64_t begin, int64_t end, float* out) const;
+
   // out (count, in_features) += the rows named by `indices`.
   void add_rows(const int64_t* indices, int64_t count, float* out) const;
 

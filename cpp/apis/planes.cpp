@@ -112,10 +112,25 @@ void PlanedMatrix::matmul(const Activations& activations, int bits, const float*
                [&](int64_t begin, int64_t end) { kernel(weights, inputs, output, begin, end); });
 }
 
+void PlanedMatrix::read_row(const Kernels& kernels, int64_t index, const PlanesView& weights, float* out) const {
+  thread_local std::vector<int8_t> memory;
+  memory.resize(std::max<size_t>(memory.size(), static_cast<size_t>(2 * cols_)));
+  int8_t *values = memory.data(), *low = values + cols_;
+  kernels.planes_unpack(weights, index, values);
+  if (weights.low_table != nullptr) {
+    PlanesView low_weights = weights;
+    low_weights.table = weights.low_table;
+    kernels.planes_unpack(low_weights, index, low);
+  }
+  const float factor = weights.row_scale[index] * weights.level_scale;
+  for (int64_t j = 0; j < parts_.in_features; ++j) {
+    const int value = weights.low_table == nullptr ? values[j] : (values[j] << kValueShift) + low[j];
+    out[j] = static_cast<float>(value) * factor;
+  }
+}
+
 void PlanedMatrix::read_rows(const int64_t* indices, int64_t count, int bits, float* out) const {
   const PlanesView weights = view(bits);
-  PlanesView low_weights = weights;
-  low_weights.table = weights.low_table;
   for (int64_t i = 0; i < count; ++i) {
     require(indices[i] >= 0 && indices[i] < weights.rows, "row ", indices[i], " is outside the matrix's ", weights.rows,
             " rows");
@@ -123,17 +138,7 @@ void PlanedMatrix::read_rows(const int64_t* indices, int64_t count, int bits, fl
   const Kernels& table = kernels();
   const Plan plan = plan_items(count, cols_ * kPsPerValue, num_threads());
   parallel_for(count, plan.chunk, plan.threads, [&](int64_t begin, int64_t end) {
-    std::vector<int8_t> values(cols_), low(weights.low_table == nullptr ? 0 : cols_);
-    for (int64_t i = begin; i < end; ++i) {
-      table.planes_unpack(weights, indices[i], values.data());
-      if (!low.empty()) table.planes_unpack(low_weights, indices[i], low.data());
-      const float factor = weights.row_scale[indices[i]] * weights.level_scale;
-      float* row = out + i * parts_.in_features;
-      for (int64_t j = 0; j < parts_.in_features; ++j) {
-        const int value = low.empty() ? values[j] : (values[j] << kValueShift) + low[j];
-        row[j] = static_cast<float>(value) * factor;
-      }
-    }
+    for (int64_t i = begin; i < end; ++i) read_row(table, indices[i], weights, out + i * parts_.in_features);
   });
 }
 

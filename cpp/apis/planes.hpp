@@ -61,6 +61,12 @@ class PlanedMatrix {
   // out (tokens, rows) = activations times the matrix at `bits`, plus bias, plus residual (or null).
   void matmul(const Activations& activations, int bits, const float* residual, float* out) const;
 
+  // What a kernel reads at `bits`. Throws std::invalid_argument outside min_bits()..max_bits().
+  PlanesView view(int bits) const;
+
+  // out (in_features): one dequantised row, still rotated. Checks nothing.
+  void read_row(const Kernels& kernels, int64_t index, const PlanesView& weights, float* out) const;
+
   // out (count, in_features): dequantised rows, still rotated.
   void read_rows(const int64_t* indices, int64_t count, int bits, float* out) const;
 
@@ -68,8 +74,6 @@ class PlanedMatrix {
   int64_t bytes_read(int bits) const;
 
  private:
-  PlanesView view(int bits) const;
-
   struct alignas(64) Table {
     std::array<int8_t, 256> values{}, low{};
     bool wide = false;

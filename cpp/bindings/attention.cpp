@@ -9,21 +9,22 @@ namespace {
 
 using nb::literals::operator""_a;
 
-// Keys and values as the borrowed arrays describe them.
+// Keys (kv_heads, blocks, head_dim, 16) and values (kv_heads, 16 blocks, head_dim).
 class KvArrays {
  public:
   KvArrays(nb::handle keys, nb::handle values, bool writable)
-      : keys_(keys, "keys", {Dtype::f16, Dtype::f32}, 3, writable),
+      : keys_(keys, "keys", {Dtype::f16, Dtype::f32}, 4, writable),
         values_(values, "values", {Dtype::f16, Dtype::f32}, 3, writable) {
     require(keys_.dtype() == values_.dtype(), "keys and values have different dtypes");
-    for (int axis = 0; axis < 3; ++axis) {
-      require(keys_.shape(axis) == values_.shape(axis), "keys and values differ in axis ", axis, ": ",
-              keys_.shape(axis), " and ", values_.shape(axis));
-    }
+    require(keys_.shape(3) == kKeyBlock, "keys have blocks of ", keys_.shape(3), " entries, expected ", kKeyBlock);
+    require(keys_.shape(0) == values_.shape(0) && keys_.shape(1) * kKeyBlock == values_.shape(1) &&
+                keys_.shape(2) == values_.shape(2),
+            "keys have ", keys_.shape(0), " heads of ", keys_.shape(1) * kKeyBlock, " entries of ", keys_.shape(2),
+            " elements, values have ", values_.shape(0), " of ", values_.shape(1), " of ", values_.shape(2));
   }
   KvView view() const {
-    return {keys_.data(),   values_.data(), keys_.dtype() == Dtype::f16 ? KvType::f16 : KvType::f32,
-            keys_.shape(0), keys_.shape(1), keys_.shape(2)};
+    return {keys_.data(),     values_.data(),   keys_.dtype() == Dtype::f16 ? KvType::f16 : KvType::f32,
+            values_.shape(0), values_.shape(1), values_.shape(2)};
   }
 
  private:

@@ -13,5 +13,6 @@ void bind_attention(nanobind::module_& m);
 void bind_solver(nanobind::module_& m);
 void bind_row_tables(nanobind::module_& m);
 void bind_outliers(nanobind::module_& m);
+void bind_decoder(nanobind::module_& m);
 
 }  // namespace taper

@@ -10,4 +10,5 @@ NB_MODULE(_native, m) {
   taper::bind_solver(m);
   taper::bind_row_tables(m);
   taper::bind_outliers(m);
+  taper::bind_decoder(m);
 }

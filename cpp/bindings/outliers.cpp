@@ -6,37 +6,12 @@
 #include "apis/check.hpp"
 #include "bindings/bindings.hpp"
 #include "bindings/buffers.hpp"
+#include "bindings/matrices.hpp"
 
 namespace taper {
 namespace {
 
 using nb::literals::operator""_a;
-
-// The outliers and the arrays that they point into.
-class HeldOutliers {
- public:
-  HeldOutliers(nb::handle starts, nb::handle columns, nb::handle values, int64_t in_features)
-      : starts_(borrow<int32_t>(starts, "starts", 1)),
-        columns_(columns, "columns", {Dtype::u16}, 1),
-        values_(values, "values", {Dtype::f16}, 1),
-        outliers_(starts_.as<int32_t>(), starts_.size() - 1, columns_.as<uint16_t>(), values_.as<uint16_t>(),
-                  counted(columns_, values_), in_features) {}
-
-  HeldOutliers(const HeldOutliers&) = delete;
-
-  const Outliers& outliers() const { return outliers_; }
-
- private:
-  static int64_t counted(const Buffer& columns, const Buffer& values) {
-    require_size(columns, "columns", values.size());
-    return values.size();
-  }
-
-  Buffer starts_;
-  Buffer columns_;
-  Buffer values_;
-  Outliers outliers_;
-};
 
 void add_product(const HeldOutliers& self, const Activations& activations, nb::handle out) {
   const Buffer sums(out, "out", {Dtype::f32}, 2, true);

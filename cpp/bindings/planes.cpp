@@ -8,75 +8,12 @@
 #include "apis/check.hpp"
 #include "bindings/bindings.hpp"
 #include "bindings/buffers.hpp"
+#include "bindings/matrices.hpp"
 
 namespace taper {
 namespace {
 
 using nb::literals::operator""_a;
-
-// A matrix and the arrays that it points into.
-class Planes {
- public:
-  Planes(nb::sequence planes, nb::dict values, nb::dict level_scales, nb::handle row_scales, nb::handle bias,
-         int64_t in_features) {
-    PlanesParts parts;
-    parts.in_features = in_features;
-    Buffer& scales = keep(borrow<float>(row_scales, "row_scales", 2));
-    parts.row_scales = scales.as<float>();
-    parts.num_scale_rows = scales.shape(0);
-    parts.rows = scales.shape(1);
-    for (nb::handle plane : planes) parts.planes.push_back(checked_plane(plane, parts));
-    for (auto [bits, table] : values) {
-      parts.values[nb::cast<int>(bits)] = level_values(table, parts.rows);
-    }
-    for (auto [bits, scale] : level_scales) parts.level_scales[nb::cast<int>(bits)] = nb::cast<float>(scale);
-    if (!bias.is_none()) {
-      Buffer& biases = keep(borrow<float>(bias, "bias", -1));
-      parts.num_bias_rows = biases.ndim() == 2 ? biases.shape(0) : 1;
-      require(biases.ndim() <= 2 && biases.size() == parts.num_bias_rows * parts.rows, "bias has ", biases.size(),
-              " elements, expected ", parts.rows, ", or so many for each width");
-      parts.bias = biases.as<float>();
-    }
-    matrix_.emplace(std::move(parts));
-  }
-
-  Planes(const Planes&) = delete;
-
-  const PlanedMatrix& matrix() const { return *matrix_; }
-
- private:
-  Buffer& keep(Buffer buffer) { return buffers_.emplace_back(std::move(buffer)); }
-
-  const uint8_t* checked_plane(nb::handle plane, const PlanesParts& parts) {
-    Buffer& bytes = keep(borrow<uint8_t>(plane, "a plane", 2));
-    const int64_t stride = padded_cols(parts.in_features) / 8;
-    require(bytes.shape(0) == parts.rows && bytes.shape(1) == stride, "a plane has shape (", bytes.shape(0), ", ",
-            bytes.shape(1), "), expected (", parts.rows, ", ", stride, ")");
-    return bytes.as<uint8_t>();
-  }
-
-  LevelValues level_values(nb::handle table, int64_t rows) {
-    Buffer entries(table, "values", {Dtype::i8, Dtype::i16}, -1, false, true);
-    const bool wide = entries.dtype() == Dtype::i16;
-    require(entries.ndim() == 1 || (entries.ndim() == 2 && !wide && entries.shape(0) == rows), "values of ",
-            wide ? "int16" : "int8", " have ", entries.ndim(), " dimensions, expected 1, or int8 (", rows, ", 2^bits)");
-    LevelValues made;
-    made.size = entries.shape(entries.ndim() - 1);
-    if (entries.ndim() == 2) {
-      made.tables = entries.as<int8_t>();
-      made.stride = entries.stride_bytes(0);
-      keep(std::move(entries));
-    } else if (wide) {
-      made.shared.assign(entries.as<int16_t>(), entries.as<int16_t>() + made.size);
-    } else {
-      made.shared.assign(entries.as<int8_t>(), entries.as<int8_t>() + made.size);
-    }
-    return made;
-  }
-
-  std::deque<Buffer> buffers_;
-  std::optional<PlanedMatrix> matrix_;
-};
 
 nb::object matmul(const Planes& self, const Activations& activations, int bits, nb::handle residual) {
   const int64_t tokens = activations.tokens(), rows = self.matrix().rows();

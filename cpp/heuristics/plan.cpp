@@ -13,9 +13,6 @@ constexpr int64_t kGemmTokens = 5;
 constexpr int64_t kPsPerBit = 3;
 constexpr int64_t kPsPerToken = 4;
 
-constexpr int64_t kPsPerProduct = 60;  // 32 heads of 64 over 1000 entries take 120 us (AVX-512)
-constexpr int64_t kFewPieces = 4;      // for a thread: from here on an odd one is lost in the rest
-
 // Handing a range to spinning workers costs 1-2 us; a thread should have several times that to do.
 constexpr int64_t kPsPerThread = 4'000'000;
 
@@ -35,16 +32,6 @@ MatmulPlan plan_matmul(int64_t rows, int64_t cols, int bits, int64_t inputs, int
   const int threads = threads_for(rows * cols * (kPsPerBit * bits + kPsPerToken * inputs), max_threads);
   const int64_t even = ceil_div(rows, threads * kChunksPerThread);
   return {inputs >= kGemmTokens, {threads, ceil_div(even, kRowAlignment) * kRowAlignment}};
-}
-
-AttentionPlan plan_attention(int64_t tokens, int64_t kv_heads, int64_t group, int64_t products, int max_threads) {
-  const int64_t ps_per_head = products * kPsPerProduct, pieces = tokens * kv_heads;
-  const int threads = threads_for(pieces * group * ps_per_head, max_threads);
-  // A whole group reads its keys and values once; it is cut only where whole groups would leave a thread without work.
-  int64_t parts = 1;
-  while (parts < group && pieces * parts % threads != 0 && pieces * parts < kFewPieces * threads) ++parts;
-  const int64_t heads = ceil_div(group, parts);
-  return {heads, plan_items(pieces * ceil_div(group, heads), heads * ps_per_head, max_threads)};
 }
 
 Plan plan_items(int64_t items, int64_t ps_each, int max_threads) {

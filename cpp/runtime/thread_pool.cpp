@@ -30,29 +30,24 @@ inline void pause_cpu() {
 #endif
 }
 
-thread_local bool inside_range = false;
+thread_local bool inside_piece = false;
 
-struct Range {
-  const std::function<void(int64_t, int64_t)>* body = nullptr;
-  int64_t count = 0;
-  int64_t chunk = 1;
-  int threads = 1;
-  std::atomic<int64_t> next{0};
-  std::atomic<bool> failed{false};
-  std::exception_ptr error;
+// The open phase in one word: its number, its pieces, and the next of them. A thread takes a piece by an exchange of
+// the whole word, so one that slept through a phase, or through the end of a program, cannot take a piece of another.
+class Ticket {
+ public:
+  Ticket(uint64_t word) : word_(word) {}
+  Ticket(uint64_t phase, int64_t pieces) : word_(phase << 24 | static_cast<uint64_t>(pieces) << 12) {}
 
-  void work() {
-    inside_range = true;
-    try {
-      for (int64_t begin; (begin = next.fetch_add(chunk, std::memory_order_relaxed)) < count;) {
-        (*body)(begin, std::min(begin + chunk, count));
-      }
-    } catch (...) {
-      next.store(count);
-      if (!failed.exchange(true)) error = std::current_exception();
-    }
-    inside_range = false;
-  }
+  uint64_t word() const { return word_; }
+  uint64_t phase() const { return word_ >> 24; }  // of all programs together; 40 bits last for years
+  int64_t pieces() const { return word_ >> 12 & 0xfff; }
+  int64_t next() const { return word_ & 0xfff; }
+  bool open() const { return next() < pieces(); }
+  uint64_t taken() const { return word_ + 1; }
+
+ private:
+  uint64_t word_;
 };
 
 class Pool {
@@ -62,29 +57,30 @@ class Pool {
   int threads() const { return threads_; }
   std::mutex& mutex() { return mutex_; }
 
-  // The caller holds mutex(). A worker announces itself in `active_` before it looks at `open_`, and the caller closes
-  // before it reads `active_` (both sequentially consistent), so a worker that comes late finds the range closed and
-  // the caller never waits for one that has not begun.
-  void run(int64_t count, int64_t chunk, int threads, const std::function<void(int64_t, int64_t)>& body) {
+  // The caller holds mutex().
+  void run(Program& program, int64_t phases, int threads) {
     start_workers();
-    range_.body = &body;
-    range_.count = count;
-    range_.chunk = chunk;
-    range_.threads = threads;
-    range_.next.store(0);
-    range_.failed.store(false);
-    range_.error = nullptr;
-    open_.store(true);
-    announce();
-    range_.work();
-    open_.store(false);
-    for (int spins = 0; active_.load() != 0; ++spins) spins < kSpins ? pause_cpu() : static_cast<void>(sched_yield());
-    if (range_.failed.load()) std::rethrow_exception(range_.error);
+    program_ = &program;
+    phases_ = phases;
+    phase_ = -1;
+    limit_.store(threads, std::memory_order_relaxed);
+    failed_.store(false, std::memory_order_relaxed);
+    error_ = nullptr;
+    finished_.store(false, std::memory_order_relaxed);
+    advance();
+    for (int spins = 0; !finished_.load(std::memory_order_acquire);) {
+      if (work()) {
+        spins = 0;
+      } else {
+        ++spins < kSpins ? pause_cpu() : static_cast<void>(sched_yield());
+      }
+    }
+    if (error_) std::rethrow_exception(error_);
   }
 
   void stop() {
     stopping_.store(true);
-    announce();
+    wake();
     for (std::thread& worker : workers_) worker.join();
     workers_.clear();
   }
@@ -93,45 +89,105 @@ class Pool {
   void start_workers() {
     while (static_cast<int>(workers_.size()) < threads_ - 1) {
       const int index = static_cast<int>(workers_.size()) + 1;
-      workers_.emplace_back([this, index, seen = epoch_.load()] { serve(index, seen); });
+      workers_.emplace_back([this, index] { serve(index); });
     }
   }
 
-  void announce() {
+  // Takes and runs one piece of the open phase, and opens the next phase after the last of them. Returns whether there
+  // was one to take.
+  bool work() {
+    Ticket ticket(ticket_.load(std::memory_order_acquire));
+    do {
+      if (!ticket.open()) return false;
+      uint64_t word = ticket.word();
+      if (ticket_.compare_exchange_weak(word, ticket.taken(), std::memory_order_acq_rel)) break;
+      ticket = Ticket(word);
+    } while (true);
+    // From here on the phase cannot end, so that its program can be looked at.
+    run_piece(ticket.next());
+    if (done_.fetch_add(1, std::memory_order_acq_rel) + 1 == ticket.pieces()) advance();
+    return true;
+  }
+
+  void run_piece(int64_t piece) {
+    if (failed_.load(std::memory_order_relaxed)) return;
+    guarded([&] { program_->run(phase_, piece); });
+  }
+
+  template <class Body>
+  void guarded(const Body& body) {
+    inside_piece = true;
+    try {
+      body();
+    } catch (...) {
+      if (!failed_.exchange(true)) error_ = std::current_exception();
+    }
+    inside_piece = false;
+  }
+
+  // Opens the next phase of several pieces; those of one it runs itself. Only the caller before the first phase and the
+  // thread that finished the last piece of a phase come here.
+  void advance() {
+    while (++phase_ < phases_ && !failed_.load(std::memory_order_relaxed)) {
+      int64_t pieces = 0;
+      guarded([&] { pieces = program_->begin(phase_); });
+      if (pieces == 1) {
+        run_piece(0);
+      } else if (pieces > 1) {
+        done_.store(0, std::memory_order_relaxed);
+        publish(Ticket(Ticket(ticket_.load(std::memory_order_relaxed)).phase() + 1, pieces));
+        return;
+      }
+    }
+    finished_.store(true, std::memory_order_release);
+  }
+
+  void publish(Ticket ticket) {
+    ticket_.store(ticket.word());
+    if (sleeping_.load() != 0) wake();
+  }
+
+  void wake() {
     epoch_.fetch_add(1);
-    if (sleeping_.load() != 0) epoch_.notify_all();
+    epoch_.notify_all();
   }
 
-  void serve(int index, int seen) {
-    while (true) {
+  void serve(int index) {
+    while (!stopping_.load(std::memory_order_relaxed)) {
+      const uint64_t seen = ticket_.load(std::memory_order_acquire);
+      if (index < limit_.load(std::memory_order_relaxed) && work()) continue;
       wait_for_news(seen);
-      seen = epoch_.load();
-      if (stopping_.load()) return;
-      active_.fetch_add(1);
-      if (open_.load() && index < range_.threads) range_.work();
-      active_.fetch_sub(1);
     }
   }
 
-  void wait_for_news(int seen) {
+  // Whoever sleeps says so before it looks for news a last time, and news comes before the look at the sleepers (all
+  // sequentially consistent), so none is missed.
+  void wait_for_news(uint64_t seen) {
     for (int spins = 0; spins < kSpins; ++spins) {
-      if (epoch_.load(std::memory_order_relaxed) != seen) return;
+      if (ticket_.load(std::memory_order_relaxed) != seen || stopping_.load(std::memory_order_relaxed)) return;
       pause_cpu();
     }
+    const int epoch = epoch_.load();
     sleeping_.fetch_add(1);
-    epoch_.wait(seen);
+    if (ticket_.load() == seen && !stopping_.load()) epoch_.wait(epoch);
     sleeping_.fetch_sub(1);
   }
 
   const int threads_;
-  std::mutex mutex_;  // held while a range runs or the pool changes
+  std::mutex mutex_;  // held while a program runs or the pool changes
   std::vector<std::thread> workers_;
-  alignas(64) std::atomic<int> epoch_{0};
-  alignas(64) std::atomic<int> active_{0};
-  std::atomic<int> sleeping_{0};
-  std::atomic<bool> open_{false};
+  alignas(64) std::atomic<uint64_t> ticket_{0};
+  alignas(64) std::atomic<int64_t> done_{0};  // pieces of the open phase
+  alignas(64) std::atomic<int> sleeping_{0};
+  std::atomic<int> epoch_{0};  // rises to wake the sleepers
   std::atomic<bool> stopping_{false};
-  Range range_;
+  std::atomic<int> limit_{1};  // threads that the program may use
+  std::atomic<bool> finished_{true};
+  std::atomic<bool> failed_{false};
+  std::exception_ptr error_;
+  Program* program_ = nullptr;
+  int64_t phases_ = 0;
+  int64_t phase_ = 0;  // of the program, the one that is open
 };
 
 int checked_threads(int count, const char* what) {
@@ -199,16 +255,37 @@ void set_num_threads(int count) {
   delete &old;
 }
 
-void parallel_for(int64_t count, int64_t chunk, int threads, const std::function<void(int64_t, int64_t)>& body) {
-  if (count <= 0) return;
-  if (threads > 1 && count > chunk && !inside_range) {
+void run_program(Program& program, int64_t phases, int threads) {
+  if (threads > 1 && !inside_piece) {
     std::unique_lock guard(pool_mutex);
     Pool& shared = current_pool();
     std::unique_lock idle(shared.mutex(), std::try_to_lock);
     guard.unlock();
-    if (idle.owns_lock()) return shared.run(count, chunk, std::min(threads, shared.threads()), body);
+    if (idle.owns_lock() && shared.threads() > 1)
+      return shared.run(program, phases, std::min(threads, shared.threads()));
   }
-  body(0, count);
+  for (int64_t phase = 0; phase < phases; ++phase) {
+    const int64_t pieces = program.begin(phase);
+    for (int64_t piece = 0; piece < pieces; ++piece) program.run(phase, piece);
+  }
+}
+
+void parallel_for(int64_t count, int64_t chunk, int threads, const std::function<void(int64_t, int64_t)>& body) {
+  class Range final : public Program {
+   public:
+    Range(int64_t count, int64_t chunk, const std::function<void(int64_t, int64_t)>& body)
+        : count_(count), chunk_(chunk), body_(body) {}
+    int64_t begin(int64_t) override { return (count_ + chunk_ - 1) / chunk_; }
+    void run(int64_t, int64_t piece) override { body_(piece * chunk_, std::min((piece + 1) * chunk_, count_)); }
+
+   private:
+    const int64_t count_, chunk_;
+    const std::function<void(int64_t, int64_t)>& body_;
+  };
+  if (count <= 0) return;
+  if (threads <= 1 || count <= chunk || inside_piece) return body(0, count);
+  Range range(count, std::max(chunk, (count + kMaxPieces - 1) / kMaxPieces), body);
+  run_program(range, 1, threads);
 }
 
 }  // namespace taper

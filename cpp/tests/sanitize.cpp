@@ -278,17 +278,27 @@ void check_row_tables(int64_t cols, int min_bits, int max_bits, bool greedy) {
 
 template <class T>
 void check_attention(KvType type, int64_t group, int64_t dim, int64_t position) {
-  const int64_t kv_heads = 2, heads = group * kv_heads, capacity = position + 1;
+  const int64_t kv_heads = 2, heads = group * kv_heads, capacity = (position + kKeyBlock) / kKeyBlock * kKeyBlock;
   const std::vector<float> qkv = floats((heads + 2 * kv_heads) * dim), cos = floats(dim / 2), sin = floats(dim / 2);
+  const std::vector<float> earlier = floats(heads * (dim + 2));
   const std::vector<T> cache(kv_heads * capacity * dim, T{1});
   compare("attention of " + std::to_string(dim), [&](const Kernels& k) {
-    std::vector<float> rotated(qkv), out(heads * dim), scratch(attention_scratch(group, capacity, dim));
+    std::vector<float> rotated(qkv), out(heads * dim), alone(heads * (dim + 2)), into(earlier);
     std::vector<T> keys(cache), values(cache);
     const KvView kv{keys.data(), values.data(), type, kv_heads, capacity, dim};
     k.rope_store(rotated.data(), heads, kv, position, cos.data(), sin.data());
-    const AttentionArgs args{rotated.data(), 0, kv, heads, position, 0.1f, out.data(), scratch.data()};
-    for (int64_t h = 0; h < kv_heads; ++h) k.attention(args, 0, h);
-    return std::tuple(rotated, keys, values, out);
+    const auto state = [&](std::vector<float>& memory, int64_t h) {
+      return AttentionState{memory.data() + h, memory.data() + heads + h, memory.data() + 2 * heads + h * dim};
+    };
+    for (int64_t h = 0; h < heads; h += std::min(group, kAttentionHeads)) {
+      const int64_t at = h / group * capacity * dim, count = std::min({group - h % group, group, kAttentionHeads});
+      const AttentionArgs args{
+          rotated.data() + h * dim, count, keys.data() + at, values.data() + at, type, dim, position + 1, 0.1f};
+      k.attention(args, state(alone, h));
+    }
+    k.attention_merge(heads, dim, state(alone, 0), state(into, 0));
+    k.attention_finish(heads, dim, state(into, 0), out.data());
+    return std::tuple(rotated, keys, values, alone, into, out);
   });
 }
 

@@ -180,8 +180,8 @@ def attention_arguments(**changes):
     parts = {
         "qkv": rows(0, 2, 8 * 4),
         "heads": 4,
-        "keys": np.zeros((2, 10, 4), np.float32),
-        "values": np.zeros((2, 10, 4), np.float32),
+        "keys": np.zeros((2, 1, 4, 16), np.float32),
+        "values": np.zeros((2, 16, 4), np.float32),
         "position": 3,
     }
     return parts | changes
@@ -194,15 +194,16 @@ def attention_arguments(**changes):
         ({"heads": 0}, ValueError, "heads is 0, expected at least 1"),
         ({"heads": 6}, ValueError, "qkv has 32 columns, expected 40"),
         ({"position": -1}, ValueError, "position is -1, expected at least 0"),
-        ({"position": 9}, ValueError, r"positions 9\.\.10 are outside a KV cache of 10"),
+        ({"position": 15}, ValueError, r"positions 15\.\.16 are outside a KV cache of 16"),
         (
             {"values": np.zeros((2, 9, 4), np.float32)},
             ValueError,
-            "keys and values differ in axis 1: 10 and 9",
+            "keys have 2 heads of 16 entries of 4 elements, values have 2 of 9 of 4",
         ),
-        ({"values": np.zeros((2, 10, 4), np.float16)}, ValueError, "different dtypes"),
+        ({"keys": np.zeros((2, 2, 4, 8), np.float32)}, ValueError, "blocks of 8 entries, expected 16"),
+        ({"values": np.zeros((2, 16, 4), np.float16)}, ValueError, "different dtypes"),
         (
-            {"keys": np.zeros((2, 10, 4))},
+            {"keys": np.zeros((2, 1, 4, 16))},
             TypeError,
             "keys is float64, expected a NumPy array of float16 or float32",
         ),
@@ -213,7 +214,7 @@ def test_attention(changes, error, message):
         kernels.attention(**attention_arguments(**changes), scale=1.0)
 
 
-COS = np.zeros((10, 2), np.float32)
+COS = np.zeros((20, 2), np.float32)
 
 
 @pytest.mark.parametrize(
@@ -221,8 +222,8 @@ COS = np.zeros((10, 2), np.float32)
     [
         ({"cos": COS[:4]}, "cos and sin differ in shape"),
         ({"cos": COS[:4], "sin": COS[:4]}, "position 4 is outside RoPE tables of 4 rows"),
-        ({"cos": np.zeros((10, 3), np.float32)}, "cos has 3 columns, expected 2"),
-        ({"position": 9}, r"positions 9\.\.10 are outside a KV cache of 10"),
+        ({"cos": np.zeros((20, 3), np.float32)}, "cos has 3 columns, expected 2"),
+        ({"position": 15}, r"positions 15\.\.16 are outside a KV cache of 16"),
     ],
 )
 def test_rope_store(changes, message):
@@ -231,16 +232,16 @@ def test_rope_store(changes, message):
 
 
 def test_rope_store_into_read_only_keys():
-    keys = np.zeros((2, 10, 4), np.float32)
+    keys = np.zeros((2, 1, 4, 16), np.float32)
     keys.flags.writeable = False
     with pytest.raises(ValueError, match="keys is read-only, expected a writable array"):
         kernels.rope_store(**attention_arguments(keys=keys), cos=COS, sin=COS)
 
 
 def test_rope_store_of_an_odd_head():
-    odd = np.zeros((2, 10, 5), np.float32)
+    keys, values = np.zeros((2, 1, 5, 16), np.float32), np.zeros((2, 16, 5), np.float32)
     with pytest.raises(ValueError, match="head_dim is 5, expected an even number"):
-        kernels.rope_store(rows(0, 1, 40), 4, odd, odd.copy(), 0, COS, COS)
+        kernels.rope_store(rows(0, 1, 40), 4, keys, values, 0, COS, COS)
 
 
 def test_rope_tables_of_no_positions():

@@ -87,9 +87,9 @@ def test_row_operations(isa, width):
 @pytest.mark.parametrize("dim", [2, 6, 20, 64, 80])
 def test_rope_store_and_attention(isa, dtype, dim):
     """The cache is full: its last entry is the last of the array."""
-    heads, kv_heads, capacity = 6, 2, 19
+    heads, kv_heads, capacity = 6, 2, 32
     keys, values = (guarded(rows(s, kv_heads * capacity, dim).astype(dtype)) for s in (0, 1))
-    keys, values = (part.reshape(kv_heads, capacity, dim) for part in (keys, values))
+    keys, values = keys.reshape(kv_heads, capacity // 16, dim, 16), values.reshape(kv_heads, capacity, dim)
     cos, sin = (guarded(table) for table in kernels.rope_tables(np.ones(dim // 2), capacity))
     qkv = guarded(rows(2, 2, (heads + 2 * kv_heads) * dim))
     with kernels.use_isa(isa):

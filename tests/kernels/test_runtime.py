@@ -137,7 +137,8 @@ def test_a_forked_child_has_a_pool_of_its_own():
 def test_calls_release_the_gil():
     """A pure Python thread keeps running while a long call is under way."""
     qkv = rows(3, 256, 3 * 64)
-    keys = rows(4, 1024, 64).reshape(1, 1024, 64)
+    values = rows(4, 1024, 64).reshape(1, 1024, 64)
+    keys = values.reshape(1, 64, 64, 16)
     ticks, running = [], True
 
     def tick() -> None:
@@ -149,7 +150,7 @@ def test_calls_release_the_gil():
         ticker = threading.Thread(target=tick)
         ticker.start()
         begin = time.perf_counter()
-        kernels.attention(qkv, 1, keys, keys, 700, 1.0)
+        kernels.attention(qkv, 1, keys, values, 700, 1.0)
         end = time.perf_counter()
         running = False
         ticker.join()

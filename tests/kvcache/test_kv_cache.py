@@ -19,7 +19,8 @@ def test_layers_are_separate_zeroed_arrays_per_head() -> None:
     cache = small_cache()
     assert len(cache.layers) == 3
     for layer in cache.layers:
-        assert layer.keys.shape == layer.values.shape == (2, 10, 4)
+        assert layer.keys.shape == (2, 1, 4, 16)  # rows come in blocks of sixteen
+        assert layer.values.shape == (2, 16, 4)
         assert layer.keys.dtype == layer.values.dtype == np.float16
         assert layer.keys.flags.c_contiguous
         assert layer.keys.flags.writeable
@@ -74,8 +75,9 @@ def test_memory_is_resident_only_where_it_was_written() -> None:
     cache = KvCache(num_layers=4, num_kv_heads=4, capacity=65536, head_dim=128, dtype=np.float32)  # 1 GiB
     assert resident_bytes() - before < 16 * 2**20
     for layer in cache.layers:
-        layer.keys[:, :100] = 1.0
-    # 16 head regions of 100 rows of 512 bytes, in whole pages.
+        layer.keys[:, :6] = 1.0
+        layer.values[:, :100] = 1.0
+    # 32 head regions of about 100 rows of 512 bytes, in whole pages.
     assert resident_bytes() - before < 16 * 2**20
 
 

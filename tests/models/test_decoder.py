@@ -19,12 +19,12 @@ from taper.formats.huggingface import HfCheckpoint
 from taper.formats.spec import FINAL_NORM, PlanedMatrix, TaperHeader
 from taper.formats.writer import write_taper
 from taper.kvcache import KvCache
-from taper.layers.embedding import FloatEmbedding
-from taper.layers.linear import Before, FloatLinear, Linear, Norm, Swiglu
+from taper.layers.embedding import FloatEmbedding, PlanedEmbedding
+from taper.layers.linear import Before, FloatLinear, Linear, Norm, Rotation, Swiglu
 from taper.models.block import Block
 from taper.models.decoder import Decoder
 from taper.models.families import matrix_sources, read_matrix
-from taper.models.parts import FLOAT_BITS, Parts, planed_parts
+from taper.models.parts import FLOAT_BITS, LAYER_MATRICES, Parts, native_decoder, planed_parts
 from taper.testing.tiny import tiny_config, tiny_hf_dir, tiny_taper
 
 F32 = npt.NDArray[np.float32]
@@ -161,7 +161,7 @@ def test_a_file_cut_after_some_planes_is_the_same_model_at_those_widths(
     narrow = Decoder.from_taper(TaperFile.open(cut))
     assert (narrow.min_bits, narrow.max_bits) == (MIN_BITS, 4)
     cut_embedding = planed_parts(TaperFile.open(cut)).embedding
-    with_cut_embedding = Decoder(replace(planed_parts(file), embedding=cut_embedding))
+    with_cut_embedding = Decoder(replace(planed_parts(file), embedding=cut_embedding, native=None))
     for bits in (2, 3, 4):
         np.testing.assert_array_equal(all_logits(narrow, bits), all_logits(with_cut_embedding, bits))
     assert not np.array_equal(all_logits(narrow, 3), all_logits(decoder, 3))
@@ -277,14 +277,31 @@ def test_a_full_cache_refuses_and_stays_as_it_was(decoder: Decoder) -> None:
 
 
 @pytest.mark.parametrize("logits", ["last", "none"])
-def test_a_result_that_is_not_finite_is_reported(decoder: Decoder, file: TaperFile, logits: str) -> None:
+def test_a_result_that_is_not_finite_is_reported(file: TaperFile, logits: str) -> None:
     parts = planed_parts(file)
 
     class Broken(FloatEmbedding):
         def __call__(self, tokens: npt.NDArray[np.int32]) -> F32:
             return np.full((len(tokens), file.config.hidden_size), np.nan, dtype=np.float32)
 
-    broken = Decoder(replace(parts, embedding=Broken(np.zeros((1, 1), dtype=np.float32))))
+    embedding = Broken(np.zeros((1, 1), dtype=np.float32))
+    check_not_finite(Decoder(replace(parts, embedding=embedding, native=None)), logits)
+
+
+@pytest.mark.parametrize("logits", ["last", "none"])
+def test_a_native_result_that_is_not_finite_is_reported(file: TaperFile, logits: str) -> None:
+    parts = planed_parts(file)
+    linears = {
+        f"{block.name}.{part}": getattr(block, part) for block in parts.blocks for part in LAYER_MATRICES
+    } | {"head": parts.head}
+    gain = np.full(file.config.hidden_size, np.nan, dtype=np.float32)
+    planes, outliers, signs, width, _ = parts.embedding.native  # type: ignore[attr-defined]
+    embedding = PlanedEmbedding(planes, Rotation(signs, width), outliers, gain)
+    native = native_decoder(file.config, embedding, linears)
+    check_not_finite(Decoder(replace(parts, native=native)), logits)
+
+
+def check_not_finite(broken: Decoder, logits: str) -> None:
     cache = broken.new_cache(8)
     with pytest.raises(TaperError, match="after position 0 at 4 bits is not finite") as report:
         broken.forward(TOKENS[:3], cache, 4, logits=logits)  # type: ignore[arg-type]
@@ -307,8 +324,73 @@ def test_a_rope_variant_reaches_the_tables(tmp_path: Path) -> None:
     assert scaled.context_length == 4 * tiny_config().max_position_embeddings
 
 
+def by_blocks(decoder: Decoder, tokens: npt.NDArray[np.int32], cache: KvCache, bits: float) -> F32:
+    """All logits by one call a layer and operation: whoever observes takes that way."""
+    logits = decoder.forward(tokens, cache, bits, "all", lambda name, x: None)
+    assert logits is not None
+    return logits
+
+
+@pytest.mark.parametrize("bits", [MIN_BITS, 4, MAX_BITS])
+def test_the_native_step_gives_the_bytes_of_the_blocks(decoder: Decoder, bits: int) -> None:
+    for end in (1, 3, len(TOKENS)):
+        native, blocks = decoder.new_cache(20), decoder.new_cache(20)
+        got, expected = (
+            decoder.forward(TOKENS[:end], native, bits, "all"),
+            by_blocks(decoder, TOKENS[:end], blocks, bits),
+        )
+        np.testing.assert_array_equal(got, expected)
+        np.testing.assert_array_equal(native.array, blocks.array)
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_sequences_in_one_step_get_what_each_would_get_alone(decoder: Decoder, num_threads: int) -> None:
+    lengths = [3, 1, 9, 5]
+    before = kernels.num_threads()
+    kernels.set_num_threads(num_threads)
+    try:
+        caches = []
+        for length in lengths:
+            caches.append(decoder.new_cache(12))
+            decoder.forward(TOKENS[:length], caches[-1], 3, "none")
+        together = decoder.decode_batch(TOKENS[: len(lengths)], caches, 3)
+    finally:
+        kernels.set_num_threads(before)
+    for row, length in enumerate(lengths):
+        alone = decoder.new_cache(12)
+        decoder.forward(TOKENS[:length], alone, 3, "none")
+        np.testing.assert_array_equal(
+            decoder.forward(TOKENS[row : row + 1], alone, 3), together[row : row + 1]
+        )
+        np.testing.assert_array_equal(alone.array, caches[row].array)
+        assert caches[row].num_tokens == length + 1
+
+
+def test_a_batch_needs_a_cache_for_each_token(decoder: Decoder, checkpoint: HfCheckpoint) -> None:
+    cache = decoder.new_cache(4)
+    with pytest.raises(UsageError, match="2 tokens come with 1 caches"):
+        decoder.decode_batch([1, 2], [cache, cache], 3)
+    full = decoder.new_cache(1)
+    decoder.forward([1], full, 3)
+    with pytest.raises(DoesNotFitError):
+        decoder.decode_batch([1, 2], [cache, full], 3)
+    assert (cache.num_tokens, full.num_tokens) == (0, 1)
+    model = Decoder.from_hf(checkpoint)
+    with pytest.raises(UsageError, match="one sequence at a time"):
+        model.decode_batch([1], [model.new_cache(4)], 32)
+
+
+def test_the_time_of_a_step_is_known_by_stage(file: TaperFile) -> None:
+    decoder = Decoder.from_taper(file)
+    decoder.times = {}
+    decoder.forward(TOKENS, decoder.new_cache(20), 3)
+    assert set(decoder.times) >= {"embed", "qkv", "attention", "gate_up", "down", "head"}
+    assert min(decoder.times.values()) >= 0
+    assert sum(decoder.times.values()) > 0
+
+
 def all_keys_and_values(cache: KvCache) -> npt.NDArray[np.float16]:
-    return np.stack([array for layer in cache.layers for array in layer])
+    return np.stack([array.ravel() for layer in cache.layers for array in layer])
 
 
 def dequantised(file: TaperFile, bits: int) -> Parts:

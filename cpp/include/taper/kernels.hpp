@@ -52,32 +52,43 @@ struct OutputView {
 
 enum class KvType : int { f16 = 0, f32 = 1 };
 
-// Keys and values of one layer: (kv_heads, capacity, head_dim).
+// Entries of a block of keys, which lie side by side: one load then holds an element of sixteen keys, and their scores
+// need no sums across lanes.
+constexpr int64_t kKeyBlock = 16;
+// Entries of a chunk: softmax runs over one chunk at a time, and chunks are merged in rising order.
+constexpr int64_t kAttentionChunk = 256;
+// Query heads of one KV head that a call takes at most: their scores of a chunk are 8 KiB.
+constexpr int64_t kAttentionHeads = 8;
+
+// Keys (kv_heads, capacity / 16, head_dim, 16) and values (kv_heads, capacity, head_dim) of one layer.
 struct KvView {
   void* keys;
   void* values;
   KvType type;
   int64_t kv_heads;
-  int64_t capacity;
+  int64_t capacity;  // a multiple of kKeyBlock
   int64_t head_dim;
 };
 
+// Query heads of one token that share a KV head, over one chunk of its entries.
 struct AttentionArgs {
-  const float* q;  // (tokens, heads, head_dim), after RoPE; row stride q_stride floats
-  int64_t q_stride;
-  KvView kv;
-  int64_t heads;
-  int64_t position;  // of the first token; token t sees the entries 0 .. position + t
+  const float* q;      // (heads, head_dim), after RoPE
+  int64_t heads;       // 1..kAttentionHeads
+  const void* keys;    // of the chunk: (blocks, head_dim, 16)
+  const void* values;  // of the chunk: (entries, head_dim)
+  KvType type;
+  int64_t head_dim;
+  int64_t num_entries;  // that the token sees, 1..kAttentionChunk
   float scale;
-  float* out;      // (tokens, heads * head_dim)
-  float* scratch;  // of this thread: attention_scratch() floats
 };
 
-// Floats of scratch: for each head of a group its padded scores, its padded query and a factor; sixteen padded keys.
-inline int64_t attention_scratch(int64_t group, int64_t num_entries, int64_t head_dim) {
-  const int64_t entries = (num_entries + 15) / 16 * 16, row = (head_dim + 15) / 16 * 16;
-  return group * (entries + row + 1) + 16 * row;
-}
+// A softmax under way: for each head its largest score, the sum of its weights exp(score - max), and the weighted sum
+// of the values.
+struct AttentionState {
+  float* max;  // (heads)
+  float* sum;  // (heads)
+  float* acc;  // (heads, head_dim)
+};
 
 struct Kernels {
   const char* name;
@@ -99,8 +110,12 @@ struct Kernels {
   // One token: rotates the query heads in place, rotates the key heads and stores keys and values at `position`.
   // qkv: (heads + 2 kv_heads) * head_dim floats; cos, sin: (head_dim / 2) floats.
   void (*rope_store)(float* qkv, int64_t heads, const KvView& kv, int64_t position, const float* cos, const float* sin);
-  // One token t of the args and one kv head with all query heads that share it.
-  void (*attention)(const AttentionArgs&, int64_t token, int64_t kv_head);
+  // The state of one chunk alone.
+  void (*attention)(const AttentionArgs&, const AttentionState& out);
+  // Adds a later chunk's state to `into`.
+  void (*attention_merge)(int64_t heads, int64_t head_dim, const AttentionState& chunk, const AttentionState& into);
+  // out (heads, head_dim) = acc / sum.
+  void (*attention_finish)(int64_t heads, int64_t head_dim, const AttentionState& state, float* out);
 };
 
 // Tables by instruction set; null where this build does not contain it.

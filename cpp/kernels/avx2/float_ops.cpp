@@ -22,8 +22,14 @@ void rope_store(float* qkv, int64_t heads, const KvView& kv, int64_t position, c
   lanes::rope_store<Vec16>(qkv, heads, kv, position, cos, sin);
 }
 
-void attention(const AttentionArgs& args, int64_t token, int64_t kv_head) {
-  lanes::attention<Vec16>(args, token, kv_head);
+void attention(const AttentionArgs& args, const AttentionState& out) { lanes::attention<Vec16>(args, out); }
+
+void attention_merge(int64_t heads, int64_t head_dim, const AttentionState& chunk, const AttentionState& into) {
+  lanes::attention_merge<Vec16>(heads, head_dim, chunk, into);
+}
+
+void attention_finish(int64_t heads, int64_t head_dim, const AttentionState& state, float* out) {
+  lanes::attention_finish<Vec16>(heads, head_dim, state, out);
 }
 
 }  // namespace taper::avx2

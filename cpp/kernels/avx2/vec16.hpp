@@ -12,10 +12,8 @@ struct Vec16 {
   struct F {
     __m256 lo, hi;
   };
-  static constexpr int kDots = 8;     // dot products that one tree reduction finishes together
-  static constexpr int kRows = 4;     // keys that accumulate in registers together
-  static constexpr int kHeads = 2;    // query heads and
-  static constexpr int kVectors = 2;  // vectors of a value that a block of the weighted sum keeps in registers
+  static constexpr int kHeads = 4;  // query heads that share a converted key or value, and
+  static constexpr int kSums = 6;   // pairs of registers of sums beside them
 
   static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
   static F set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
@@ -45,8 +43,6 @@ struct Vec16 {
     store(padded, x);
     std::memcpy(p, padded, n * sizeof(T));
   }
-
-  static void store_dots(float* p, F x) { _mm256_storeu_ps(p, x.lo); }  // kDots floats
 
   static F add(F a, F b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
   static F sub(F a, F b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
@@ -78,24 +74,6 @@ struct Vec16 {
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-  }
-
-  // tree() of eight rows at once, in the lower half: each step halves the rows and the lanes that a row still has.
-  static F trees(const F (&rows)[kDots]) {
-    __m256 eights[8], fours[4], twos[2];
-    for (int i = 0; i < 8; ++i) eights[i] = _mm256_add_ps(rows[i].lo, rows[i].hi);
-    for (int i = 0; i < 4; ++i) {
-      fours[i] = _mm256_add_ps(_mm256_permute2f128_ps(eights[i], eights[i + 4], 0x20),
-                               _mm256_permute2f128_ps(eights[i], eights[i + 4], 0x31));
-    }
-    for (int i = 0; i < 2; ++i) {
-      twos[i] = _mm256_add_ps(_mm256_shuffle_ps(fours[i], fours[i + 2], 0x44),
-                              _mm256_shuffle_ps(fours[i], fours[i + 2], 0xee));
-    }
-    const __m256 sums =
-        _mm256_add_ps(_mm256_shuffle_ps(twos[0], twos[1], 0x88), _mm256_shuffle_ps(twos[0], twos[1], 0xdd));
-    // 128-bit group g, place k holds row 4 * g + 2 * (k & 1) + (k >> 1).
-    return {_mm256_permute_ps(sums, 0xd8), _mm256_setzero_ps()};
   }
 
  private:

@@ -9,10 +9,8 @@ namespace taper::avx512 {
 
 struct Vec16 {
   using F = __m512;
-  static constexpr int kDots = 16;    // dot products that one tree reduction finishes together
-  static constexpr int kRows = 16;    // keys that accumulate in registers together
-  static constexpr int kHeads = 4;    // query heads and
-  static constexpr int kVectors = 4;  // vectors of a value that a block of the weighted sum keeps in registers
+  static constexpr int kHeads = 8;  // query heads that share a converted key or value, and
+  static constexpr int kSums = 16;  // registers of sums beside them
 
   static __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
 
@@ -31,8 +29,6 @@ struct Vec16 {
   static void store_first(uint16_t* p, F x, int64_t n) {
     _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
   }
-
-  static void store_dots(float* p, F x) { _mm512_storeu_ps(p, x); }  // kDots floats
 
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
@@ -67,27 +63,6 @@ struct Vec16 {
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-  }
-
-  // tree() of sixteen rows at once: each step halves the rows and the lanes that a row still has.
-  static F trees(const F (&rows)[kDots]) {
-    F eights[8], fours[4], twos[2];
-    for (int i = 0; i < 8; ++i) {
-      eights[i] = _mm512_add_ps(_mm512_shuffle_f32x4(rows[i], rows[i + 8], 0x44),
-                                _mm512_shuffle_f32x4(rows[i], rows[i + 8], 0xee));
-    }
-    for (int i = 0; i < 4; ++i) {
-      fours[i] = _mm512_add_ps(_mm512_shuffle_f32x4(eights[i], eights[i + 4], 0x88),
-                               _mm512_shuffle_f32x4(eights[i], eights[i + 4], 0xdd));
-    }
-    for (int i = 0; i < 2; ++i) {
-      twos[i] = _mm512_add_ps(_mm512_shuffle_ps(fours[i], fours[i + 2], 0x44),
-                              _mm512_shuffle_ps(fours[i], fours[i + 2], 0xee));
-    }
-    const F sums = _mm512_add_ps(_mm512_shuffle_ps(twos[0], twos[1], 0x88), _mm512_shuffle_ps(twos[0], twos[1], 0xdd));
-    // 128-bit group g, place k holds row 8 * (g & 1) + 4 * (g >> 1) + 2 * (k & 1) + (k >> 1).
-    const __m512i order = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
-    return _mm512_permutexvar_ps(order, sums);
   }
 };
 

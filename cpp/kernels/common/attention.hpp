@@ -1,7 +1,9 @@
-// Attention over sixteen lanes (docs/numerics.md): one token, one KV head, all query heads that share it.
+// Attention over sixteen lanes (docs/numerics.md): some query heads of one token over one chunk of the entries that
+// they share.
 //
-// A key is widened to float32 once for the whole group of heads, and a value once for V::kHeads of them. V is an
-// instruction set's Vec16, T the element of the cache.
+// A key or value is widened to float32 once for all these heads. Vector operations a 64-byte line of float16 entries
+// and eight heads: 2 conversions and 16 fused multiply-adds, for keys and for values alike. V is an instruction set's
+// Vec16, T the element of the cache.
 #pragma once
 
 #include <cstdint>
@@ -12,64 +14,56 @@
 
 namespace taper::lanes {
 
-// The parts of AttentionArgs::scratch.
-template <class V>
-struct Scratch {
-  Scratch(float* memory, int64_t group, int64_t num_entries, int64_t head_dim)
-      : row(round_up(head_dim)),
-        stride(round_up(num_entries)),
-        queries(memory),
-        keys(queries + group * row),
-        scores(keys + kLanes * row),
-        factors(scores + group * stride) {}
-
-  static int64_t round_up(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
-
-  int64_t row;     // floats of a padded query or key
-  int64_t stride;  // floats of a head's padded scores
-  float* queries;  // (group, row)
-  float* keys;     // (16, row)
-  float* scores;   // (group, stride)
-  float* factors;  // (group): 1 / sum of a head's weights
-};
-
-// Widens `count` vectors of `dim` elements to rows of `row` floats, zeros in the padding.
-template <class V, class T>
-inline void widen(const T* vectors, int64_t count, int64_t dim, float* out, int64_t row) {
-  for (int64_t r = 0; r < count; ++r) {
-    const T* x = vectors + r * dim;
-    float* y = out + r * row;
-    for_each_group<V>(
-        dim, [&](int64_t i) { V::store(y + i, V::load(x + i)); },
-        [&](int64_t i, int64_t rest) { V::store(y + i, V::load_first(x + i, rest)); });
-  }
-}
-
-// kDots scores of every head of the group against the keys in scratch.
-template <class V>
-inline void score_keys(const Scratch<V>& scratch, int64_t group, float scale, int64_t t) {
-  using F = typename V::F;
-  const int64_t row = scratch.row;
-  for (int64_t h = 0; h < group; ++h) {
-    const float* query = scratch.queries + h * row;
-    F dots[V::kDots];
-    unroll<V::kDots / V::kRows>([&](auto block) TAPER_INLINE {
-      constexpr int first = block * V::kRows;
-      const float* keys = scratch.keys + first * row;
-      unroll<V::kRows>([&](auto r) TAPER_INLINE { dots[first + r] = V::zero(); });
-      for (int64_t i = 0; i < row; i += kLanes) {
-        const F q = V::load(query + i);
-        unroll<V::kRows>(
-            [&](auto r) TAPER_INLINE { dots[first + r] = V::fma(q, V::load(keys + r * row + i), dots[first + r]); });
-      }
+// Calls f.template operator()<n>(first) for the heads in runs of n <= V::kHeads from `first` on.
+template <class V, class F>
+TAPER_INLINE inline void for_heads(int64_t heads, const F& f) {
+  for (int64_t first = 0; first < heads; first += V::kHeads) {
+    const int64_t count = heads - first < V::kHeads ? heads - first : V::kHeads;
+    unroll<V::kHeads>([&](auto n) TAPER_INLINE {
+      if (count == n + 1) f.template operator()<n + 1>(first);
     });
-    V::store_dots(scratch.scores + h * scratch.stride + t, V::mul(V::trees(dots), V::set(scale)));
   }
 }
 
-// Turns n scores into weights in place; returns the factor 1 / sum of the weights.
+// kBlocks blocks of sixteen scores of kHeads heads.
+template <class V, int kHeads, int kBlocks, class T>
+TAPER_INLINE inline void score_blocks(const float* q, const T* keys, int64_t dim, float scale, float* scores) {
+  using F = typename V::F;
+  F acc[kHeads * kBlocks];
+  unroll<kHeads * kBlocks>([&](auto i) TAPER_INLINE { acc[i] = V::zero(); });
+  for (int64_t d = 0; d < dim; ++d) {
+    F k[kBlocks];
+    unroll<kBlocks>([&](auto b) TAPER_INLINE { k[b] = V::load(keys + (b * dim + d) * kKeyBlock); });
+    unroll<kHeads>([&](auto h) TAPER_INLINE {
+      const F query = V::set(q[h * dim + d]);
+      unroll<kBlocks>([&](auto b) TAPER_INLINE { acc[h * kBlocks + b] = V::fma(query, k[b], acc[h * kBlocks + b]); });
+    });
+  }
+  const F factor = V::set(scale);
+  unroll<kHeads>([&](auto h) TAPER_INLINE {
+    unroll<kBlocks>([&](auto b) TAPER_INLINE {
+      V::store(scores + h * kAttentionChunk + b * kKeyBlock, V::mul(acc[h * kBlocks + b], factor));
+    });
+  });
+}
+
+template <class V, int kHeads, class T>
+inline void score_heads(const AttentionArgs& args, const float* q, float* scores) {
+  constexpr int kBlocks = V::kSums / kHeads > 0 ? V::kSums / kHeads : 1;
+  const T* keys = static_cast<const T*>(args.keys);
+  const int64_t dim = args.head_dim, blocks = (args.num_entries + kKeyBlock - 1) / kKeyBlock;
+  int64_t b = 0;
+  for (; b + kBlocks <= blocks; b += kBlocks) {
+    score_blocks<V, kHeads, kBlocks>(q, keys + b * kKeyBlock * dim, dim, args.scale, scores + b * kKeyBlock);
+  }
+  for (; b < blocks; ++b) {
+    score_blocks<V, kHeads, 1>(q, keys + b * kKeyBlock * dim, dim, args.scale, scores + b * kKeyBlock);
+  }
+}
+
+// Turns n scores into weights in place; lanes past n of the last block hold scores of no entry.
 template <class V>
-inline float softmax(float* scores, int64_t n) {
+inline void softmax(float* scores, int64_t n, float* max_score, float* sum) {
   const float lowest = -std::numeric_limits<float>::infinity();
   for (int64_t t = n; t % kLanes != 0; ++t) scores[t] = lowest;
   auto most = V::set(lowest);
@@ -90,101 +84,99 @@ inline float softmax(float* scores, int64_t n) {
         V::store(scores + t, exp<V>(V::sub(V::load(scores + t), V::set(max))));
         sums = V::add(sums, V::load_first(scores + t, count));
       });
-  return 1.0f / V::tree(sums);
+  *max_score = max;
+  *sum = V::tree(sums);
 }
 
-// Where the weighted sum of some heads reads and writes.
-template <class T>
-struct WeightedSum {
-  const T* values;  // (num_entries, dim)
-  int64_t dim;
-  int64_t num_entries;
-  const float* weights;  // (heads, stride)
-  int64_t stride;
-  const float* factors;  // (heads)
-  float* out;            // (heads, dim)
-};
-
-// kHeads heads and kVectors groups of lanes from element d on, or, with a `count`, the first `count` lanes of one.
+// kVectors groups of lanes of the values' elements, or, with a `count`, the first `count` lanes of one.
 template <class V, int kHeads, int kVectors, class T>
-inline void weighted_block(const WeightedSum<T>& sum, int64_t d, int64_t count = 0) {
+TAPER_INLINE inline void weighted_block(const T* values, int64_t dim, int64_t num_entries, const float* weights,
+                                        float* out, int64_t count = 0) {
   using F = typename V::F;
   F acc[kHeads * kVectors];
   unroll<kHeads * kVectors>([&](auto i) TAPER_INLINE { acc[i] = V::zero(); });
-  const T* value = sum.values + d;
-  for (int64_t t = 0; t < sum.num_entries; ++t, value += sum.dim) {
+  for (int64_t t = 0; t < num_entries; ++t) {
+    const T* value = values + t * dim;
     F v[kVectors];
     unroll<kVectors>([&](auto n)
                          TAPER_INLINE { v[n] = count ? V::load_first(value, count) : V::load(value + n * kLanes); });
     unroll<kHeads>([&](auto h) TAPER_INLINE {
-      const F w = V::set(sum.weights[h * sum.stride + t]);
+      const F w = V::set(weights[h * kAttentionChunk + t]);
       unroll<kVectors>([&](auto n) TAPER_INLINE { acc[h * kVectors + n] = V::fma(w, v[n], acc[h * kVectors + n]); });
     });
   }
   unroll<kHeads>([&](auto h) TAPER_INLINE {
-    const F factor = V::set(sum.factors[h]);
-    float* out = sum.out + h * sum.dim + d;
     unroll<kVectors>([&](auto n) TAPER_INLINE {
-      const F y = V::mul(acc[h * kVectors + n], factor);
-      count ? V::store_first(out, y, count) : V::store(out + n * kLanes, y);
+      float* target = out + h * dim + n * kLanes;
+      count ? V::store_first(target, acc[h * kVectors + n], count) : V::store(target, acc[h * kVectors + n]);
     });
   });
 }
 
 template <class V, int kHeads, class T>
-inline void weighted_heads(const WeightedSum<T>& sum) {
-  constexpr int64_t block = V::kVectors * kLanes;
+inline void weigh_heads(const AttentionArgs& args, const float* weights, float* out) {
+  constexpr int kVectors = V::kSums / kHeads > 0 ? V::kSums / kHeads : 1;
+  const T* values = static_cast<const T*>(args.values);
+  const int64_t dim = args.head_dim, entries = args.num_entries;
   int64_t d = 0;
-  for (; d + block <= sum.dim; d += block) weighted_block<V, kHeads, V::kVectors>(sum, d);
-  for (; d + kLanes <= sum.dim; d += kLanes) weighted_block<V, kHeads, 1>(sum, d);
-  if (d < sum.dim) weighted_block<V, kHeads, 1>(sum, d, sum.dim - d);
+  for (; d + kVectors * kLanes <= dim; d += kVectors * kLanes) {
+    weighted_block<V, kHeads, kVectors>(values + d, dim, entries, weights, out + d);
+  }
+  for (; d + kLanes <= dim; d += kLanes) weighted_block<V, kHeads, 1>(values + d, dim, entries, weights, out + d);
+  if (d < dim) weighted_block<V, kHeads, 1>(values + d, dim, entries, weights, out + d, dim - d);
 }
 
 template <class V, class T>
-inline void attend(const AttentionArgs& args, int64_t token, int64_t kv_head) {
-  const KvView& kv = args.kv;
-  const int64_t group = args.heads / kv.kv_heads, dim = kv.head_dim, num_entries = args.position + token + 1;
-  const int64_t offset = kv_head * kv.capacity * dim;
-  const T* keys = static_cast<const T*>(kv.keys) + offset;
-  const Scratch<V> scratch(args.scratch, group, num_entries, dim);
-  widen<V>(args.q + token * args.q_stride + kv_head * group * dim, group, dim, scratch.queries, scratch.row);
-  for (int64_t t = 0; t < num_entries; t += V::kDots) {
-    const int64_t count = num_entries - t < V::kDots ? num_entries - t : V::kDots;
-    widen<V>(keys + t * dim, count, dim, scratch.keys, scratch.row);
-    score_keys<V>(scratch, group, args.scale, t);  // past `count` it scores old keys, which softmax passes over
+inline void attend(const AttentionArgs& args, const AttentionState& out) {
+  alignas(64) float scores[kAttentionHeads * kAttentionChunk];
+  for_heads<V>(args.heads, [&]<int kHeads>(int64_t h) TAPER_INLINE {
+    score_heads<V, kHeads, T>(args, args.q + h * args.head_dim, scores + h * kAttentionChunk);
+  });
+  for (int64_t h = 0; h < args.heads; ++h) {
+    softmax<V>(scores + h * kAttentionChunk, args.num_entries, out.max + h, out.sum + h);
   }
-  for (int64_t h = 0; h < group; ++h) {
-    scratch.factors[h] = softmax<V>(scratch.scores + h * scratch.stride, num_entries);
-  }
-  WeightedSum<T> sum{static_cast<const T*>(kv.values) + offset,
-                     dim,
-                     num_entries,
-                     scratch.scores,
-                     scratch.stride,
-                     scratch.factors,
-                     args.out + (token * args.heads + kv_head * group) * dim};
-  for (int64_t left = group; left > 0;) {
-    const int64_t heads = left >= V::kHeads ? V::kHeads : left >= 2 ? 2 : 1;
-    if (heads == V::kHeads) {
-      weighted_heads<V, V::kHeads>(sum);
-    } else if (heads == 2) {
-      weighted_heads<V, 2>(sum);
-    } else {
-      weighted_heads<V, 1>(sum);
-    }
-    left -= heads;
-    sum.weights += heads * sum.stride;
-    sum.factors += heads;
-    sum.out += heads * dim;
+  for_heads<V>(args.heads, [&]<int kHeads>(int64_t h) TAPER_INLINE {
+    weigh_heads<V, kHeads, T>(args, scores + h * kAttentionChunk, out.acc + h * args.head_dim);
+  });
+}
+
+template <class V>
+void attention(const AttentionArgs& args, const AttentionState& out) {
+  if (args.type == KvType::f16) {
+    attend<V, uint16_t>(args, out);
+  } else {
+    attend<V, float>(args, out);
   }
 }
 
 template <class V>
-void attention(const AttentionArgs& args, int64_t token, int64_t kv_head) {
-  if (args.kv.type == KvType::f16) {
-    attend<V, uint16_t>(args, token, kv_head);
-  } else {
-    attend<V, float>(args, token, kv_head);
+void attention_merge(int64_t heads, int64_t dim, const AttentionState& chunk, const AttentionState& into) {
+  for (int64_t h = 0; h < heads; ++h) {
+    const float max = chunk.max[h] > into.max[h] ? chunk.max[h] : into.max[h];
+    float factors[2] = {into.max[h] - max, chunk.max[h] - max};
+    exp<V>(factors, 2, factors);
+    into.max[h] = max;
+    into.sum[h] = __builtin_fmaf(into.sum[h], factors[0], chunk.sum[h] * factors[1]);
+    const auto a = V::set(factors[0]), b = V::set(factors[1]);
+    float* y = into.acc + h * dim;
+    const float* x = chunk.acc + h * dim;
+    for_each_group<V>(
+        dim, [&](int64_t d) { V::store(y + d, V::fma(V::load(y + d), a, V::mul(V::load(x + d), b))); },
+        [&](int64_t d, int64_t n) {
+          V::store_first(y + d, V::fma(V::load_first(y + d, n), a, V::mul(V::load_first(x + d, n), b)), n);
+        });
+  }
+}
+
+template <class V>
+void attention_finish(int64_t heads, int64_t dim, const AttentionState& state, float* out) {
+  for (int64_t h = 0; h < heads; ++h) {
+    const auto factor = V::set(1.0f / state.sum[h]);
+    const float* x = state.acc + h * dim;
+    float* y = out + h * dim;
+    for_each_group<V>(
+        dim, [&](int64_t d) { V::store(y + d, V::mul(V::load(x + d), factor)); },
+        [&](int64_t d, int64_t n) { V::store_first(y + d, V::mul(V::load_first(x + d, n), factor), n); });
   }
 }
 

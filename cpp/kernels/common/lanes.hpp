@@ -166,8 +166,19 @@ inline void rope(float* head, int64_t half, const float* cos, const float* sin) 
       });
 }
 
+// Element i of a key goes to line i of its block of sixteen.
 template <class V, class T>
-inline void store_entry(const float* x, int64_t n, T* out) {
+inline void store_key(const float* x, int64_t n, T* line) {
+  for (int64_t i = 0; i < n; i += kLanes) {
+    T elements[kLanes];
+    const int64_t count = n - i < kLanes ? n - i : kLanes;
+    V::store(elements, V::load_first(x + i, count));
+    for (int64_t k = 0; k < count; ++k) line[(i + k) * kKeyBlock] = elements[k];
+  }
+}
+
+template <class V, class T>
+inline void store_value(const float* x, int64_t n, T* out) {
   for_each_group<V>(
       n, [&](int64_t i) { V::store(out + i, V::load(x + i)); },
       [&](int64_t i, int64_t count) { V::store_first(out + i, V::load_first(x + i, count), count); });
@@ -177,9 +188,10 @@ template <class V, class T>
 inline void store_entries(const float* keys, const KvView& kv, int64_t position) {
   const float* values = keys + kv.kv_heads * kv.head_dim;
   for (int64_t h = 0; h < kv.kv_heads; ++h) {
-    const int64_t offset = (h * kv.capacity + position) * kv.head_dim;
-    store_entry<V>(keys + h * kv.head_dim, kv.head_dim, static_cast<T*>(kv.keys) + offset);
-    store_entry<V>(values + h * kv.head_dim, kv.head_dim, static_cast<T*>(kv.values) + offset);
+    const int64_t head = h * kv.capacity * kv.head_dim, block = position / kKeyBlock * kKeyBlock;
+    store_key<V>(keys + h * kv.head_dim, kv.head_dim,
+                 static_cast<T*>(kv.keys) + head + block * kv.head_dim + position % kKeyBlock);
+    store_value<V>(values + h * kv.head_dim, kv.head_dim, static_cast<T*>(kv.values) + head + position * kv.head_dim);
   }
 }
 

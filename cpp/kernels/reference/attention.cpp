@@ -8,17 +8,10 @@
 namespace taper::reference {
 namespace {
 
-// Entry `index` of one head's keys or values, in either type.
-struct Entry {
-  const void* data;
-  KvType type;
-  int64_t offset;  // elements
-
-  float operator[](int64_t i) const {
-    if (type == KvType::f32) return static_cast<const float*>(data)[offset + i];
-    return from_half(static_cast<const uint16_t*>(data)[offset + i]);
-  }
-};
+float element(const void* data, KvType type, int64_t offset) {
+  if (type == KvType::f32) return static_cast<const float*>(data)[offset];
+  return from_half(static_cast<const uint16_t*>(data)[offset]);
+}
 
 void store(void* data, KvType type, int64_t offset, float value) {
   if (type == KvType::f32) {
@@ -28,9 +21,12 @@ void store(void* data, KvType type, int64_t offset, float value) {
   }
 }
 
-int64_t entry_offset(const KvView& kv, int64_t kv_head, int64_t position) {
-  return (kv_head * kv.capacity + position) * kv.head_dim;
+// Of element i of a key, or of a value, of one KV head.
+int64_t key_offset(int64_t head_dim, int64_t t, int64_t i) {
+  return (t / kKeyBlock * head_dim + i) * kKeyBlock + t % kKeyBlock;
 }
+
+int64_t value_offset(int64_t head_dim, int64_t t, int64_t i) { return t * head_dim + i; }
 
 void rope(float* head, int64_t half, const float* cos, const float* sin) {
   for (int64_t i = 0; i < half; ++i) {
@@ -40,22 +36,26 @@ void rope(float* head, int64_t half, const float* cos, const float* sin) {
   }
 }
 
-void attend(const float* q, const AttentionArgs& args, int64_t kv_head, int64_t num_entries, float* out) {
-  const KvView& kv = args.kv;
-  float* w = args.scratch;
-  float max = -std::numeric_limits<float>::infinity();
-  for (int64_t t = 0; t < num_entries; ++t) {
-    w[t] = dot16(q, Entry{kv.keys, kv.type, entry_offset(kv, kv_head, t)}, kv.head_dim) * args.scale;
-    if (w[t] > max) max = w[t];
-  }
-  for (int64_t t = 0; t < num_entries; ++t) w[t] = exp32(w[t] - max);
-  const float inv = 1.0f / sum16(w, num_entries);
-  for (int64_t d = 0; d < kv.head_dim; ++d) {
-    float sum = 0.0f;
-    for (int64_t t = 0; t < num_entries; ++t) {
-      sum = std::fma(w[t], Entry{kv.values, kv.type, entry_offset(kv, kv_head, t)}[d], sum);
+// One head over one chunk.
+void attend(const float* q, const AttentionArgs& args, float* max, float* sum, float* acc) {
+  const int64_t dim = args.head_dim;
+  float w[kAttentionChunk];
+  *max = -std::numeric_limits<float>::infinity();
+  for (int64_t t = 0; t < args.num_entries; ++t) {
+    float score = 0.0f;
+    for (int64_t i = 0; i < dim; ++i) {
+      score = std::fma(q[i], element(args.keys, args.type, key_offset(dim, t, i)), score);
     }
-    out[d] = sum * inv;
+    w[t] = score * args.scale;
+    if (w[t] > *max) *max = w[t];
+  }
+  for (int64_t t = 0; t < args.num_entries; ++t) w[t] = exp32(w[t] - *max);
+  *sum = sum16(w, args.num_entries);
+  for (int64_t i = 0; i < dim; ++i) {
+    acc[i] = 0.0f;
+    for (int64_t t = 0; t < args.num_entries; ++t) {
+      acc[i] = std::fma(w[t], element(args.values, args.type, value_offset(dim, t, i)), acc[i]);
+    }
   }
 }
 
@@ -67,18 +67,36 @@ void rope_store(float* qkv, int64_t heads, const KvView& kv, int64_t position, c
   const float* keys = qkv + heads * dim;
   const float* values = keys + kv.kv_heads * dim;
   for (int64_t h = 0; h < kv.kv_heads; ++h) {
+    const int64_t head = h * kv.capacity * dim;
     for (int64_t i = 0; i < dim; ++i) {
-      store(kv.keys, kv.type, entry_offset(kv, h, position) + i, keys[h * dim + i]);
-      store(kv.values, kv.type, entry_offset(kv, h, position) + i, values[h * dim + i]);
+      store(kv.keys, kv.type, head + key_offset(dim, position, i), keys[h * dim + i]);
+      store(kv.values, kv.type, head + value_offset(dim, position, i), values[h * dim + i]);
     }
   }
 }
 
-void attention(const AttentionArgs& args, int64_t token, int64_t kv_head) {
-  const int64_t dim = args.kv.head_dim, group = args.heads / args.kv.kv_heads;
-  for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
-    attend(args.q + token * args.q_stride + h * dim, args, kv_head, args.position + token + 1,
-           args.out + (token * args.heads + h) * dim);
+void attention(const AttentionArgs& args, const AttentionState& out) {
+  for (int64_t h = 0; h < args.heads; ++h) {
+    attend(args.q + h * args.head_dim, args, out.max + h, out.sum + h, out.acc + h * args.head_dim);
+  }
+}
+
+void attention_merge(int64_t heads, int64_t head_dim, const AttentionState& chunk, const AttentionState& into) {
+  for (int64_t h = 0; h < heads; ++h) {
+    const float max = chunk.max[h] > into.max[h] ? chunk.max[h] : into.max[h];
+    const float a = exp32(into.max[h] - max), b = exp32(chunk.max[h] - max);
+    into.max[h] = max;
+    into.sum[h] = std::fma(into.sum[h], a, chunk.sum[h] * b);
+    for (int64_t i = h * head_dim; i < (h + 1) * head_dim; ++i) {
+      into.acc[i] = std::fma(into.acc[i], a, chunk.acc[i] * b);
+    }
+  }
+}
+
+void attention_finish(int64_t heads, int64_t head_dim, const AttentionState& state, float* out) {
+  for (int64_t h = 0; h < heads; ++h) {
+    const float factor = 1.0f / state.sum[h];
+    for (int64_t i = h * head_dim; i < (h + 1) * head_dim; ++i) out[i] = state.acc[i] * factor;
   }
 }
 

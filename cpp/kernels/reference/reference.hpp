@@ -14,7 +14,9 @@ void quantize(const float* x, int64_t n, int64_t cols, int magnitude_bits, const
 void swiglu(const float* gate, const float* up, int64_t n, float* y);
 void exp(const float* x, int64_t n, float* y);
 void rope_store(float* qkv, int64_t heads, const KvView& kv, int64_t position, const float* cos, const float* sin);
-void attention(const AttentionArgs& args, int64_t token, int64_t kv_head);
+void attention(const AttentionArgs& args, const AttentionState& out);
+void attention_merge(int64_t heads, int64_t head_dim, const AttentionState& chunk, const AttentionState& into);
+void attention_finish(int64_t heads, int64_t head_dim, const AttentionState& state, float* out);
 
 // One element of `exp`.
 float exp32(float x);

@@ -4,9 +4,19 @@ namespace taper {
 
 const Kernels* reference_kernels() {
   static constexpr Kernels table = {
-      "reference",         reference::planes_gemv, reference::planes_gemm, reference::planes_unpack,
-      reference::rms_norm, reference::rotate,      reference::quantize,    reference::swiglu,
-      reference::exp,      reference::rope_store,  reference::attention,
+      "reference",
+      reference::planes_gemv,
+      reference::planes_gemm,
+      reference::planes_unpack,
+      reference::rms_norm,
+      reference::rotate,
+      reference::quantize,
+      reference::swiglu,
+      reference::exp,
+      reference::rope_store,
+      reference::attention,
+      reference::attention_merge,
+      reference::attention_finish,
   };
   return &table;
 }

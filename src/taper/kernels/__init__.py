@@ -20,6 +20,7 @@ from taper.kernels.ops import (
 )
 from taper.kernels.planes import (
     Activations,
+    Decoder,
     Outliers,
     Planes,
     hadamard_block,
@@ -30,6 +31,7 @@ from taper.kernels.planes import (
 
 __all__ = [
     "Activations",
+    "Decoder",
     "Outliers",
     "Planes",
     "attention",

@@ -75,6 +75,27 @@ class Planes:
     def matmul(self, activations: Activations, bits: int, residual: Float32 | None = None) -> Float32: ...
     def rows(self, indices: NDArray[np.int32] | NDArray[np.int64], bits: int) -> Float32: ...
 
+class Decoder:
+    def __init__(
+        self,
+        *,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        score_scale: float,
+        embedding: tuple[Any, ...],
+        layers: Sequence[tuple[Any, ...]],
+        head: tuple[Any, ...],
+    ) -> None: ...
+    def step(
+        self,
+        tokens: NDArray[np.int32],
+        sequences: Sequence[tuple[int, int, NDArray[Any], Float32, Float32]],
+        widths: NDArray[np.uint8],
+        logits: str,
+        times: dict[str, int] | None = None,
+    ) -> tuple[Float32 | None, bool]: ...
+
 def pack_planes(codes: NDArray[np.uint8], parent_bits: int) -> list[NDArray[np.uint8]]: ...
 def unpack_codes(planes: Sequence[NDArray[np.uint8]], bits: int, in_features: int) -> NDArray[np.uint8]: ...
 def padded_cols(features: int) -> int: ...

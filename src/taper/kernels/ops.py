@@ -145,8 +145,8 @@ def rope_store(
     Args:
         qkv: (T, (heads + 2 KV) * D); queries and keys are rotated in place.
         heads: query heads.
-        keys: float16 or float32, (KV, capacity, D), written at position..position + T - 1.
-        values: like keys.
+        keys: float16 or float32, (KV, rows / 16, D, 16), written at position..position + T - 1.
+        values: of the same dtype, (KV, rows, D), likewise.
         position: of the first token.
         cos: the whole table of `rope_tables`; rows position..position + T - 1 are used.
         sin: like cos.

@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 Float32 = NDArray[np.float32]
 
+KEY_BLOCK = 16
+ATTENTION_CHUNK = 256
+
 _LANES = 16
 _LEAST_EXPONENT = -100
 
@@ -274,7 +277,7 @@ def rope_store(
 ) -> None:
     """Rotate queries and keys of qkv in place and store keys and values."""
     tokens = qkv.shape[0]
-    kv_heads, _, dim = keys.shape
+    kv_heads, _, dim = values.shape
     half, rotated = dim // 2, heads + kv_heads
     rows = qkv.reshape(tokens, -1, dim)
     c, s = (table[position : position + tokens, None] for table in (cos, sin))
@@ -282,7 +285,8 @@ def rope_store(
     rows[:, :rotated, :half] = fma(-x1, s, x0 * c)
     rows[:, :rotated, half:] = fma(x0, s, x1 * c)
     with np.errstate(over="ignore"):
-        keys[:, position : position + tokens] = rows[:, heads:rotated].transpose(1, 0, 2)
+        at = np.arange(position, position + tokens)
+        keys[:, at // KEY_BLOCK, :, at % KEY_BLOCK] = rows[:, heads:rotated]
         values[:, position : position + tokens] = rows[:, rotated:].transpose(1, 0, 2)
 
 
@@ -290,18 +294,40 @@ def attention(
     qkv: Float32, heads: int, keys: NDArray[Any], values: NDArray[Any], position: int, scale: float
 ) -> Float32:
     """Causal attention; (T, heads * D)."""
-    kv_heads, _, dim = keys.shape
+    kv_heads, rows_kept, dim = values.shape
+    in_rows = keys.transpose(0, 1, 3, 2).reshape(kv_heads, rows_kept, dim)
     rows = qkv.reshape(qkv.shape[0], -1, dim)
     out = np.zeros((qkv.shape[0], heads, dim), np.float32)
     for t in range(qkv.shape[0]):
         for h in range(heads):
-            group = h // (heads // kv_heads)
-            seen = slice(0, position + t + 1)
-            k, v = keys[group, seen].astype(np.float32), values[group, seen].astype(np.float32)
-            scores = dot16(rows[t, h], k) * np.float32(scale)
-            weights = exp(scores - np.fmax.reduce(scores))
-            acc = np.zeros(dim, np.float32)
-            for weight, value in zip(weights, v, strict=True):
-                acc = fma(weight, value, acc)
-            out[t, h] = acc * (np.float32(1) / sum16(weights))
+            group, seen = h // (heads // kv_heads), position + t + 1
+            k, v = (part[group, :seen].astype(np.float32) for part in (in_rows, values))
+            state = _attend(rows[t, h], k[:ATTENTION_CHUNK], v[:ATTENTION_CHUNK], scale)
+            for begin in range(ATTENTION_CHUNK, seen, ATTENTION_CHUNK):
+                chunk = slice(begin, begin + ATTENTION_CHUNK)
+                state = _merged(state, _attend(rows[t, h], k[chunk], v[chunk], scale))
+            out[t, h] = state[2] * (np.float32(1) / state[1])
     return out.reshape(qkv.shape[0], -1)
+
+
+_State = tuple[Float32, Float32, Float32]  # largest score, sum of the weights, weighted sum of the values
+
+
+def _attend(q: Float32, keys: Float32, values: Float32, scale: float) -> _State:
+    """One head over one chunk."""
+    scores = np.zeros(len(keys), np.float32)
+    for i in range(len(q)):
+        scores = fma(q[i], keys[:, i], scores)
+    scores = scores * np.float32(scale)
+    most = np.fmax.reduce(scores, initial=np.float32(-np.inf))
+    weights = exp(scores - most)
+    acc = np.zeros(len(q), np.float32)
+    for weight, value in zip(weights, values, strict=True):
+        acc = fma(weight, value, acc)
+    return most, sum16(weights), acc
+
+
+def _merged(into: _State, chunk: _State) -> _State:
+    most = chunk[0] if chunk[0] > into[0] else into[0]
+    a, b = exp(np.array([into[0] - most, chunk[0] - most], np.float32))
+    return most, fma(into[1], a, chunk[1] * b), fma(into[2], a, chunk[2] * b)

@@ -26,6 +26,15 @@ Activations = _native.Activations
 # (N + 1); columns: uint16, rising in each row; values: float16. add_product(activations, out) adds their
 # product to float32 (T, N), add_rows(indices, out) the named rows to float32 (len(indices), in_features).
 Outliers = _native.Outliers
+# Decoder(heads=, kv_heads=, head_dim=, score_scale=, embedding=, layers=, head=): a whole decoder step as one
+# call. embedding: (planes, outliers or None, signs or None, block, gain or None). A layer: qkv, o, gate_up,
+# down, each, as the head, (planes, outliers or None, signs or None, block, eps or None, gain or None, {bits:
+# magnitude bits of the activations}); eps None is no norm. step(tokens, sequences, widths, logits, times):
+# tokens: int32, those of the sequences one after another; a sequence: (number of tokens, position, cache
+# array, cos, sin); widths: uint8, planes of qkv, o, gate_up, down of each layer and of the head; logits:
+# "last", "all" or "none" of each sequence; times: a dict of ns by stage that is added to, or None. Returns
+# float32 (rows, vocab) or None and whether the result is finite, and writes the caches.
+Decoder = _native.Decoder
 
 
 def pack_planes(codes: NDArray[np.uint8], parent_bits: int) -> list[NDArray[np.uint8]]:

@@ -13,8 +13,13 @@ from taper.errors import DoesNotFitError, UsageError
 KvArray = npt.NDArray[np.float16] | npt.NDArray[np.float32]
 
 
+# Entries of a block of keys, which lie side by side: docs/numerics.md, "KV cache and attention".
+KEY_BLOCK = 16
+
+
 class KvLayer(NamedTuple):
-    """One layer's keys (after RoPE) and values, each (kv_heads, capacity, head_dim)."""
+    """One layer's keys (after RoPE), (kv_heads, rows / 16, head_dim, 16), and values, (kv_heads, rows,
+    head_dim); rows is the capacity rounded up to a multiple of 16."""
 
     keys: KvArray
     values: KvArray
@@ -33,6 +38,10 @@ class KvCache:
         head_dim: features of a head.
         dtype: float16 or float32.
 
+    Attributes:
+        array: everything, (num_layers, 2, num_kv_heads, rows, head_dim), keys and values of a layer.
+        layers: the same by layer, the keys in their blocks.
+
     Raises:
         UsageError: when the capacity is below 1.
         DoesNotFitError: when the system refuses the address space.
@@ -48,9 +57,11 @@ class KvCache:
         self.capacity = capacity
         self.token_bytes = 2 * num_layers * num_kv_heads * head_dim * np.dtype(dtype).itemsize
         self._num_tokens = 0
-        arrays = _anonymous(capacity * self.token_bytes).view(dtype)
-        arrays = arrays.reshape(num_layers, 2, num_kv_heads, capacity, head_dim)
-        self.layers = tuple(KvLayer(layer[0], layer[1]) for layer in arrays)
+        blocks = -(-capacity // KEY_BLOCK)
+        memory = _anonymous(blocks * KEY_BLOCK * self.token_bytes).view(dtype)
+        self.array: KvArray = memory.reshape(num_layers, 2, num_kv_heads, blocks * KEY_BLOCK, head_dim)
+        keys = (num_kv_heads, blocks, head_dim, KEY_BLOCK)
+        self.layers = tuple(KvLayer(layer[0].reshape(keys), layer[1]) for layer in self.array)
 
     @property
     def num_tokens(self) -> int:

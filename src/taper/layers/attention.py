@@ -11,6 +11,11 @@ F32 = npt.NDArray[np.float32]
 KvArray = npt.NDArray[np.float16] | npt.NDArray[np.float32]
 
 
+def score_scale(head_dim: int) -> float:
+    """What scores are multiplied with: 1 over the square root of the features of a head, as a float32."""
+    return float(np.float32(head_dim**-0.5))
+
+
 class Attention:
     """Multi-head, grouped-query and multi-query attention; the KV arrays' shapes say which.
 
@@ -21,15 +26,15 @@ class Attention:
 
     def __init__(self, num_heads: int, head_dim: int) -> None:
         self._num_heads = num_heads
-        self._scale = float(np.float32(head_dim**-0.5))
+        self._scale = score_scale(head_dim)
 
     def store(self, qkv: F32, keys: KvArray, values: KvArray, position: int, cos: F32, sin: F32) -> None:
         """Rotate queries and keys of consecutive tokens; write keys and values into the cache.
 
         Args:
             qkv: (tokens, (num_heads + 2 kv_heads) * head_dim), queries, keys, values; overwritten.
-            keys: (kv_heads, capacity, head_dim), written at position .. position + tokens - 1.
-            values: as `keys`.
+            keys: (kv_heads, rows / 16, head_dim, 16), written at position .. position + tokens - 1.
+            values: (kv_heads, rows, head_dim), likewise.
             position: of the first token.
             cos: (rows >= position + tokens, head_dim / 2).
             sin: as `cos`.

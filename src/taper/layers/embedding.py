@@ -27,7 +27,10 @@ class Embedding(Protocol):
 
 
 class PlanedEmbedding:
-    """Rows of nested planes, always at the file's largest width: a row is little (docs/numerics.md)."""
+    """Rows of nested planes, always at the file's largest width: a row is little (docs/numerics.md).
+
+    `native` is the same, as `taper.kernels.Decoder` takes it.
+    """
 
     def __init__(
         self,
@@ -40,6 +43,7 @@ class PlanedEmbedding:
         self._rotation = rotation
         self._outliers = outliers
         self._gain = gain
+        self.native = (planes, outliers, rotation.signs, rotation.block, gain)
 
     def __call__(self, tokens: I32) -> F32:
         """See `Embedding`."""

@@ -74,6 +74,9 @@ class PlanedLinear:
         before: the step before the product.
         outliers: weights beside the planes.
         activation_bits: magnitude bits of the activations at each width; int8's 7 where it says nothing.
+
+    Attributes:
+        native: the same, as `taper.kernels.Decoder` takes it.
     """
 
     def __init__(
@@ -89,9 +92,20 @@ class PlanedLinear:
         self._planes_bytes = planes.bytes_read
         self._matmul = planes.matmul
         self.product_input = _product_input(before)
+        norm = before if isinstance(before, Norm) else None
+        widths = range(planes.min_bits, planes.max_bits + 1)
+        self.native = (
+            planes,
+            outliers,
+            rotation.signs,
+            rotation.block,
+            None if norm is None else norm.eps,
+            None if norm is None else norm.gain,
+            {bits: activation_bits.get(bits, _INT8_BITS) for bits in widths},
+        )
         self._prepare = {
             bits: _preparation(planes.cols, rotation, before, activation_bits.get(bits, _INT8_BITS))
-            for bits in range(planes.min_bits, planes.max_bits + 1)
+            for bits in widths
         }
         self._outliers = outliers
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Literal, get_args
 
 import numpy as np
@@ -13,16 +14,21 @@ from taper.errors import DoesNotFitError, TaperError, UsageError
 from taper.formats.container import TaperFile
 from taper.formats.huggingface import HfCheckpoint
 from taper.formats.spec import expected_matrices, planes_bytes
+from taper.kernels import Decoder as NativeDecoder
 from taper.kvcache import KvCache
 from taper.layers.rope import Rope, context_length
 from taper.models.block import Observer, Step
 from taper.models.families import family_of
-from taper.models.parts import Parts, float_parts, planed_parts
+from taper.models.parts import LAYER_MATRICES, Parts, float_parts, planed_parts
 from taper.models.readings import Readings
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
+U8 = npt.NDArray[np.uint8]
 Logits = Literal["last", "all", "none"]
+
+# Readings whose widths are kept as the native decoder takes them, 4 bytes a layer each.
+_MAX_KEPT_WIDTHS = 64
 
 
 class Decoder:
@@ -30,6 +36,9 @@ class Decoder:
 
     Over planes, results are the same bytes however a sequence is split into `forward` calls and whatever the
     number of threads (docs/numerics.md). It holds no state of a sequence; that is all in the cache.
+
+    Attributes:
+        times: of planes, ns by stage of the steps, added up where this is a dictionary and not None.
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -42,6 +51,8 @@ class Decoder:
         self._rope = Rope(parts.config)
         self._matrices = parts.matrices or tuple(expected_matrices(parts.config))
         self._readings = Readings(self._matrices, parts.min_bits, parts.max_bits, parts.sensitivity)
+        self._native_widths = lru_cache(maxsize=_MAX_KEPT_WIDTHS)(self._widths_of)
+        self.times: dict[str, int] | None = None
 
     @classmethod
     def from_taper(cls, file: TaperFile, ceilings: Mapping[str, int] | None = None) -> Decoder:
@@ -115,6 +126,8 @@ class Decoder:
         """
         ids = self._checked_tokens(tokens)
         widths = self._checked_widths(bits, logits)
+        if observe is None and self._parts.native is not None:
+            return self._step(self._parts.native, ids, [(len(ids), cache)], bits, logits)
         end = cache.require(len(ids))
         cos, sin = self._rope.tables(end, cache.capacity)
         step = Step(cache.num_tokens, cos, sin, bits, observe, widths)
@@ -128,8 +141,62 @@ class Decoder:
         out = None
         if logits != "none":
             out = self._parts.head(last if logits == "all" else last[-1:], widths[self._parts.head_name])
-        self._check_finite(x if out is None else out, step)
+        # A sum is finite only when every term is: one pass without a temporary the size of the logits.
+        if not np.isfinite(np.add.reduce(x if out is None else out, axis=None)):
+            raise _not_finite(step.position, bits)
         cache.advance(len(ids))
+        return out
+
+    def decode_batch(self, tokens: I32 | Sequence[int], caches: Sequence[KvCache], bits: float) -> F32:
+        """Run the next token of several sequences in one pass over the weights.
+
+        Each sequence gets the bytes that a pass of its own would give it.
+
+        Args:
+            tokens: (sequences,) ids, at least one.
+            caches: of these sequences, each another; each then holds its token too. All are unchanged when an
+                error is raised.
+            bits: as in `forward`.
+
+        Returns:
+            Float32 (sequences, vocab_size).
+
+        Raises:
+            UsageError: as `forward`, and for other than one cache a token, a cache that comes twice, or a
+                float model.
+            DoesNotFitError, TaperError: as `forward`.
+        """
+        ids = self._checked_tokens(tokens)
+        self._checked_widths(bits, "last")
+        if len(caches) != len(ids) or len({id(cache) for cache in caches}) != len(ids):
+            raise UsageError(
+                f"{len(ids)} tokens come with {len({id(cache) for cache in caches})} caches",
+                hint="give each sequence a cache of its own",
+            )
+        if self._parts.native is None:
+            raise UsageError("a float model decodes one sequence at a time", hint="use a .taper file")
+        out = self._step(self._parts.native, ids, [(1, cache) for cache in caches], bits, "last")
+        assert out is not None
+        return out
+
+    def _step(
+        self,
+        native: NativeDecoder,
+        ids: I32,
+        sequences: Sequence[tuple[int, KvCache]],
+        bits: float,
+        logits: Logits,
+    ) -> F32 | None:
+        """One native call for the next tokens of some sequences, whose caches then hold them."""
+        given = []
+        for count, cache in sequences:
+            cos, sin = self._rope.tables(cache.require(count), cache.capacity)
+            given.append((count, cache.num_tokens, cache.array, cos, sin))
+        out, finite = native.step(ids, given, self._native_widths(bits), logits, self.times)
+        if not finite:
+            raise _not_finite(given[0][1], bits)
+        for count, cache in sequences:
+            cache.advance(count)
         return out
 
     def bytes_per_pass(self, bits: float) -> int:
@@ -190,10 +257,16 @@ class Decoder:
             raise UsageError(f"logits {logits!r} is none of {', '.join(get_args(Logits))}")
         return self.widths(bits)
 
-    def _check_finite(self, result: F32, step: Step) -> None:
-        # A sum is finite only when every term is: one pass without a temporary the size of the logits.
-        if not np.isfinite(np.add.reduce(result, axis=None)):
-            raise TaperError(
-                f"the result after position {step.position} at {step.bits:g} bits is not finite",
-                hint="the weights are damaged or too large for float16 keys; try taper inspect --verify",
-            )
+    def _widths_of(self, bits: float) -> U8:
+        """The reading's widths in the order of the native decoder."""
+        widths = self.widths(bits)
+        layers = (f"layers.{index}" for index in range(self.config.num_layers))
+        names = [f"{layer}.{part}" for layer in layers for part in LAYER_MATRICES]
+        return np.array([widths[name] for name in [*names, self._parts.head_name]], dtype=np.uint8)
+
+
+def _not_finite(position: int, bits: float) -> TaperError:
+    return TaperError(
+        f"the result after position {position} at {bits:g} bits is not finite",
+        hint="the weights are damaged or too large for float16 keys; try taper inspect --verify",
+    )

@@ -13,14 +13,18 @@ from taper.formats.container import TaperFile
 from taper.formats.huggingface import HfCheckpoint
 from taper.formats.sensitivity import Sensitivity
 from taper.formats.spec import MatrixSpec, PlanedMatrix, table_columns
+from taper.kernels import Decoder as NativeDecoder
 from taper.kernels import Outliers, Planes
-from taper.layers.attention import Attention
+from taper.layers.attention import Attention, score_scale
 from taper.layers.embedding import Embedding, FloatEmbedding, PlanedEmbedding
 from taper.layers.linear import Before, FloatLinear, Linear, Norm, PlanedLinear, Rotation, Swiglu
 from taper.models.block import Block
 from taper.models.families import matrix_sources, read_final_norm, read_matrix
 
 F32 = npt.NDArray[np.float32]
+
+# In the order of a layer, and of `taper.kernels.Decoder`.
+LAYER_MATRICES = ("qkv", "o", "gate_up", "down")
 
 # What a float32 model answers when it is asked for its width.
 FLOAT_BITS = 32
@@ -36,6 +40,7 @@ class Parts:
         matrices: name, sizes and ceiling of every matrix; empty stands for those of the configuration.
         sensitivity: what each matrix costs at each width, where it is known.
         unplaned_bytes: of a file, what every reading needs beside its planes.
+        native: over planes, the whole step as one native call; gives the bytes that the blocks give.
     """
 
     config: ModelConfig
@@ -49,6 +54,7 @@ class Parts:
     matrices: tuple[MatrixSpec, ...] = ()
     sensitivity: Sensitivity | None = None
     unplaned_bytes: int = 0
+    native: NativeDecoder | None = None
 
 
 def planed_parts(file: TaperFile, ceilings: Mapping[str, int] | None = None) -> Parts:
@@ -68,16 +74,20 @@ def planed_parts(file: TaperFile, ceilings: Mapping[str, int] | None = None) -> 
     ]
     matrices = {spec.name: _planes(file, spec.name, spec.width_at(file.max_bits)) for spec in specs}
 
+    made: dict[str, PlanedLinear] = {}
+
     def linear(name: str, before: Before) -> Linear:
         planes, rotation, outliers = matrices[name]
         if isinstance(before, Norm) and (gain := file.matrix(name).gain) is not None:
             before = Norm(before.eps, gain if before.gain is None else before.gain * gain)
-        return PlanedLinear(planes, rotation, before, outliers, file.codebook.activation_bits)
+        made[name] = PlanedLinear(planes, rotation, before, outliers, file.codebook.activation_bits)
+        return made[name]
 
     head_name = "embed" if config.tie_word_embeddings else "head"
+    embedding = PlanedEmbedding(*matrices["embed"], file.matrix("embed").gain)
     return Parts(
         config=config,
-        embedding=PlanedEmbedding(*matrices["embed"], file.matrix("embed").gain),
+        embedding=embedding,
         blocks=_blocks(config, linear),
         head=linear(head_name, Norm(config.rms_norm_eps, file.tensor("norm.final"))),
         head_name=head_name,
@@ -87,6 +97,23 @@ def planed_parts(file: TaperFile, ceilings: Mapping[str, int] | None = None) -> 
         matrices=tuple(specs),
         sensitivity=file.sensitivity,
         unplaned_bytes=file.unplaned_bytes,
+        native=native_decoder(config, embedding, made),
+    )
+
+
+def native_decoder(
+    config: ModelConfig, embedding: PlanedEmbedding, linears: Mapping[str, PlanedLinear]
+) -> NativeDecoder:
+    """The step of planed parts as one native call; `linears` by matrix name, the tied head as `embed`."""
+    names = [f"layers.{index}" for index in range(config.num_layers)]
+    return NativeDecoder(
+        heads=config.num_heads,
+        kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        score_scale=score_scale(config.head_dim),
+        embedding=embedding.native,
+        layers=[tuple(linears[f"{name}.{part}"].native for part in LAYER_MATRICES) for name in names],
+        head=linears["embed" if config.tie_word_embeddings else "head"].native,
     )
 
 
