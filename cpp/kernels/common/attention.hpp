@@ -14,6 +14,9 @@
 
 namespace taper::lanes {
 
+// Sixteen multiply-adds a line hide the latency of memory only when the line was asked for long before.
+constexpr int64_t kPrefetchBytes = 4096;
+
 // Calls f.template operator()<n>(first) for the heads in runs of n <= V::kHeads from `first` on.
 template <class V, class F>
 TAPER_INLINE inline void for_heads(int64_t heads, const F& f) {
@@ -33,7 +36,11 @@ TAPER_INLINE inline void score_blocks(const float* q, const T* keys, int64_t dim
   unroll<kHeads * kBlocks>([&](auto i) TAPER_INLINE { acc[i] = V::zero(); });
   for (int64_t d = 0; d < dim; ++d) {
     F k[kBlocks];
-    unroll<kBlocks>([&](auto b) TAPER_INLINE { k[b] = V::load(keys + (b * dim + d) * kKeyBlock); });
+    unroll<kBlocks>([&](auto b) TAPER_INLINE {
+      const T* line = keys + (b * dim + d) * kKeyBlock;
+      __builtin_prefetch(reinterpret_cast<const char*>(line) + kPrefetchBytes);
+      k[b] = V::load(line);
+    });
     unroll<kHeads>([&](auto h) TAPER_INLINE {
       const F query = V::set(q[h * dim + d]);
       unroll<kBlocks>([&](auto b) TAPER_INLINE { acc[h * kBlocks + b] = V::fma(query, k[b], acc[h * kBlocks + b]); });
@@ -98,8 +105,10 @@ TAPER_INLINE inline void weighted_block(const T* values, int64_t dim, int64_t nu
   for (int64_t t = 0; t < num_entries; ++t) {
     const T* value = values + t * dim;
     F v[kVectors];
-    unroll<kVectors>([&](auto n)
-                         TAPER_INLINE { v[n] = count ? V::load_first(value, count) : V::load(value + n * kLanes); });
+    unroll<kVectors>([&](auto n) TAPER_INLINE {
+      __builtin_prefetch(reinterpret_cast<const char*>(value + n * kLanes) + kPrefetchBytes);
+      v[n] = count ? V::load_first(value, count) : V::load(value + n * kLanes);
+    });
     unroll<kHeads>([&](auto h) TAPER_INLINE {
       const F w = V::set(weights[h * kAttentionChunk + t]);
       unroll<kVectors>([&](auto n) TAPER_INLINE { acc[h * kVectors + n] = V::fma(w, v[n], acc[h * kVectors + n]); });
