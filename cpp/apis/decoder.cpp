@@ -28,11 +28,6 @@ void check_linear(const char* name, const LinearParts& linear, int64_t in_featur
   }
 }
 
-void check_width(const LinearParts& linear, int bits) {
-  require(bits >= linear.matrix->min_bits() && bits <= linear.matrix->max_bits(), "bits ", bits,
-          " is outside a matrix's ", linear.matrix->min_bits(), "..", linear.matrix->max_bits());
-}
-
 }  // namespace
 
 int64_t StepInput::num_tokens() const {
@@ -60,6 +55,14 @@ Decoder::Decoder(DecoderParts parts) : parts_(std::move(parts)) {
     check_linear("down", layer.down, inner, width);
   }
   check_linear("head", parts_.head, width, parts_.head.matrix->rows());
+  const auto add_widths = [&](const LinearParts& linear) {
+    widths_.push_back(
+        {static_cast<uint8_t>(linear.matrix->min_bits()), static_cast<uint8_t>(linear.matrix->max_bits())});
+  };
+  for (const LayerParts& layer : parts_.layers) {
+    for (const LinearParts* linear : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down}) add_widths(*linear);
+  }
+  add_widths(parts_.head);
 }
 
 Decoder::~Decoder() = default;
@@ -79,14 +82,12 @@ void Decoder::check(const StepInput& input) const {
     require(input.tokens[i] >= 0 && input.tokens[i] < vocabulary, "token ", input.tokens[i],
             " is outside the vocabulary 0..", vocabulary - 1);
   }
-  const int64_t num_widths = static_cast<int64_t>(parts_.layers.size()) * 4 + 1;
+  const int64_t num_widths = static_cast<int64_t>(widths_.size());
   require(input.num_widths == num_widths, "widths has ", input.num_widths, " elements, expected ", num_widths);
-  const uint8_t* width = input.widths;
-  for (const LayerParts& layer : parts_.layers) {
-    for (const LinearParts* linear : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down})
-      check_width(*linear, *width++);
+  for (size_t i = 0; i < widths_.size(); ++i) {
+    require(input.widths[i] >= widths_[i].least && input.widths[i] <= widths_[i].largest, "bits ", input.widths[i],
+            " is outside a matrix's ", widths_[i].least, "..", widths_[i].largest);
   }
-  check_width(parts_.head, *width);
 }
 
 bool Decoder::step(const StepInput& input, float* logits, StageTimes* times) {

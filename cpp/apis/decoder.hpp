@@ -94,8 +94,13 @@ class Decoder {
  private:
   void check(const StepInput& input) const;
 
+  struct Widths {
+    uint8_t least, largest;
+  };
+
   DecoderParts parts_;
-  std::mutex mutex_;  // guards idle_
+  std::vector<Widths> widths_;  // of the matrices in the order of StepInput, side by side
+  std::mutex mutex_;            // guards idle_
   std::vector<std::unique_ptr<Workspace>> idle_;
 };
 

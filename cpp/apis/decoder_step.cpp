@@ -1,6 +1,7 @@
 #include "apis/decoder_step.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <chrono>
 
@@ -76,7 +77,7 @@ class Step final : public Program {
     if (phase == 0) {
       for (int64_t row = begin; row < end; ++row) embed(row);
     } else if (layer_ == layers_) {
-      (phase - 1) % kParts == 0 ? prepare(begin, end, x_, hidden_) : multiply(begin, end, nullptr, logits_);
+      (phase - 1) % kParts == 0 ? prepare(begin, end, x_, hidden_) : multiply_head(begin, end);
     } else {
       run_part(begin, end);
     }
@@ -85,8 +86,7 @@ class Step final : public Program {
   // After the last phase: whether the logits, or what came before the last layer's attention, are finite.
   bool finish() {
     count_time(Stage::count);
-    if (input_.logits == Logits::none) return all_finite(x_, input_.num_tokens() * hidden_);
-    return all_finite(logits_, rows_ * parts_.head.matrix->rows());
+    return input_.logits == Logits::none ? all_finite(x_, input_.num_tokens() * hidden_) : finite_.load();
   }
 
  private:
@@ -142,7 +142,7 @@ class Step final : public Program {
       case kGateUp:
         gate_up_ = work_.gate_up.at_least(rows_ * 2 * inner);
         inner_ = work_.inner.at_least(rows_ * inner);
-        return begin_multiply(inner);
+        return begin_multiply(inner, 2);
       default:
         return begin_prepare(layer.down, 3);
     }
@@ -164,9 +164,10 @@ class Step final : public Program {
     return split(rows_, plan_items(rows_, weights_.cols * kPsPerElement, threads_));
   }
 
-  int64_t begin_multiply(int64_t rows) {
-    const int64_t input_rows = rows_ * (work_.input.wide() ? 2 : 1);
-    const MatmulPlan plan = plan_matmul(rows, weights_.cols, weights_.bits, input_rows, threads_);
+  // Pieces of [0, rows), of which each stands for `matrices` rows of the weights.
+  int64_t begin_multiply(int64_t rows, int64_t matrices = 1) {
+    const int64_t input_rows = rows_ * (work_.input.wide() ? 2 : 1), cols = weights_.cols * matrices;
+    const MatmulPlan plan = plan_matmul(rows, cols, weights_.bits, input_rows, threads_);
     kernel_ = plan.gemm ? kernels_.planes_gemm : kernels_.planes_gemv;
     return split(rows, plan.rows);
   }
@@ -232,6 +233,13 @@ class Step final : public Program {
   void multiply(int64_t begin, int64_t end, const float* residual, float* out) {
     kernel_(weights_, inputs_, {out, residual}, begin, end);
     if (linear_->outliers != nullptr) linear_->outliers->add_product_rows(inputs_, weights_.cols, begin, end, out);
+  }
+
+  void multiply_head(int64_t begin, int64_t end) {
+    multiply(begin, end, nullptr, logits_);
+    for (int64_t row = 0; row < rows_; ++row) {
+      if (!all_finite(logits_ + row * weights_.rows + begin, end - begin)) finite_.store(false);
+    }
   }
 
   void rope(int64_t row) {
@@ -301,6 +309,7 @@ class Step final : public Program {
   ActivationsView inputs_{};
   int magnitude_bits_ = kNarrowMagnitudeBits;
   void (*kernel_)(const PlanesView&, const ActivationsView&, const OutputView&, int64_t, int64_t) = nullptr;
+  std::atomic<bool> finite_{true};
   Stage stage_ = Stage::count;
   std::chrono::steady_clock::time_point since_;
 };

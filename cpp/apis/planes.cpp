@@ -77,11 +77,16 @@ PlanedMatrix::PlanedMatrix(PlanesParts parts) : parts_(std::move(parts)) {
       if (table.wide) table.low[i] = static_cast<int8_t>(value - (high << kValueShift));
     }
   }
+  for (int bits = min_bits_; bits <= static_cast<int>(parts_.planes.size()); ++bits) views_.push_back(made_view(bits));
 }
 
-PlanesView PlanedMatrix::view(int bits) const {
+const PlanesView& PlanedMatrix::view(int bits) const {
   require(bits >= min_bits_ && bits <= max_bits(), "bits ", bits, " is outside this matrix's ", min_bits_, "..",
           max_bits());
+  return views_[static_cast<size_t>(bits - min_bits_)];
+}
+
+PlanesView PlanedMatrix::made_view(int bits) const {
   const int64_t level = bits - min_bits_;
   const float* row_scale = parts_.row_scales + (parts_.num_scale_rows == 1 ? 0 : level * parts_.rows);
   const float* bias =
@@ -101,7 +106,7 @@ PlanesView PlanedMatrix::view(int bits) const {
 }
 
 void PlanedMatrix::matmul(const Activations& activations, int bits, const float* residual, float* out) const {
-  const PlanesView weights = view(bits);
+  const PlanesView& weights = view(bits);
   require(activations.cols() == cols_, "activations have ", activations.cols(), " columns, the matrix has ", cols_);
   const int64_t input_rows = activations.tokens() * (activations.wide() ? 2 : 1);
   const MatmulPlan plan = plan_matmul(weights.rows, cols_, bits, input_rows, num_threads());
@@ -130,7 +135,7 @@ void PlanedMatrix::read_row(const Kernels& kernels, int64_t index, const PlanesV
 }
 
 void PlanedMatrix::read_rows(const int64_t* indices, int64_t count, int bits, float* out) const {
-  const PlanesView weights = view(bits);
+  const PlanesView& weights = view(bits);
   for (int64_t i = 0; i < count; ++i) {
     require(indices[i] >= 0 && indices[i] < weights.rows, "row ", indices[i], " is outside the matrix's ", weights.rows,
             " rows");
@@ -143,7 +148,7 @@ void PlanedMatrix::read_rows(const int64_t* indices, int64_t count, int bits, fl
 }
 
 int64_t PlanedMatrix::bytes_read(int bits) const {
-  const PlanesView weights = view(bits);
+  const PlanesView& weights = view(bits);
   const int64_t table_bytes = weights.table_stride == 0 ? 0 : int64_t{1} << bits;
   const int64_t floats = weights.bias == nullptr ? 1 : 2;
   return weights.rows * (bits * cols_ / 8 + floats * static_cast<int64_t>(sizeof(float)) + table_bytes);

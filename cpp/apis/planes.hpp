@@ -51,18 +51,20 @@ class PlanedMatrix {
  public:
   // Throws std::invalid_argument for parts that contradict each other.
   explicit PlanedMatrix(PlanesParts parts);
+  PlanedMatrix(const PlanedMatrix&) = delete;  // views point into it
+  PlanedMatrix& operator=(const PlanedMatrix&) = delete;
 
   int64_t rows() const { return parts_.rows; }
   int64_t cols() const { return cols_; }
   int64_t in_features() const { return parts_.in_features; }
   int min_bits() const { return min_bits_; }
-  int max_bits() const { return static_cast<int>(parts_.planes.size()); }
+  int max_bits() const { return min_bits_ + static_cast<int>(views_.size()) - 1; }
 
   // out (tokens, rows) = activations times the matrix at `bits`, plus bias, plus residual (or null).
   void matmul(const Activations& activations, int bits, const float* residual, float* out) const;
 
   // What a kernel reads at `bits`. Throws std::invalid_argument outside min_bits()..max_bits().
-  PlanesView view(int bits) const;
+  const PlanesView& view(int bits) const;
 
   // out (in_features): one dequantised row, still rotated. Checks nothing.
   void read_row(const Kernels& kernels, int64_t index, const PlanesView& weights, float* out) const;
@@ -79,10 +81,13 @@ class PlanedMatrix {
     bool wide = false;
   };
 
+  PlanesView made_view(int bits) const;
+
   PlanesParts parts_;
   int64_t cols_;
   int min_bits_;
-  std::vector<Table> tables_;  // by bits - min_bits
+  std::vector<Table> tables_;      // by bits - min_bits
+  std::vector<PlanesView> views_;  // likewise, ready: a step asks for hundreds whose parts have left the caches
 };
 
 // Cuts codes (rows, in_features) of `parent_bits` into planes[p] (rows, padded_cols / 8), most significant first.

@@ -13,8 +13,8 @@ constexpr int64_t kGemmTokens = 5;
 constexpr int64_t kPsPerBit = 3;
 constexpr int64_t kPsPerToken = 4;
 
-// Handing a range to spinning workers costs 1-2 us; a thread should have several times that to do.
-constexpr int64_t kPsPerThread = 4'000'000;
+// Opening a phase to spinning workers costs about 0.5 us; a thread should have several times that to do.
+constexpr int64_t kPsPerThread = 1'500'000;
 
 // Chunks a thread: more even out a core that is taken away, fewer cost less at the shared counter.
 constexpr int64_t kChunksPerThread = 8;

@@ -54,18 +54,24 @@ TAPER_INLINE inline void score_blocks(const float* q, const T* keys, int64_t dim
   });
 }
 
+// Registers of sums that each of some heads gets: a multiply-add takes four cycles, so that two ports want eight at once.
+template <class V, int kHeads>
+inline constexpr int kSumsOfHead = V::kSums / kHeads > 8 ? 8 : V::kSums / kHeads > 0 ? V::kSums / kHeads : 1;
+
+// Runs body.template operator()<n>(i) over [0, count) in steps of n: kMost, then half of it, and so on down to one.
+template <int kMost, class Body>
+TAPER_INLINE inline void in_steps(int64_t count, const Body& body, int64_t i = 0) {
+  for (; i + kMost <= count; i += kMost) body.template operator()<kMost>(i);
+  if constexpr (kMost > 1) in_steps<kMost / 2>(count, body, i);
+}
+
 template <class V, int kHeads, class T>
 inline void score_heads(const AttentionArgs& args, const float* q, float* scores) {
-  constexpr int kBlocks = V::kSums / kHeads > 0 ? V::kSums / kHeads : 1;
   const T* keys = static_cast<const T*>(args.keys);
   const int64_t dim = args.head_dim, blocks = (args.num_entries + kKeyBlock - 1) / kKeyBlock;
-  int64_t b = 0;
-  for (; b + kBlocks <= blocks; b += kBlocks) {
+  in_steps<kSumsOfHead<V, kHeads>>(blocks, [&]<int kBlocks>(int64_t b) TAPER_INLINE {
     score_blocks<V, kHeads, kBlocks>(q, keys + b * kKeyBlock * dim, dim, args.scale, scores + b * kKeyBlock);
-  }
-  for (; b < blocks; ++b) {
-    score_blocks<V, kHeads, 1>(q, keys + b * kKeyBlock * dim, dim, args.scale, scores + b * kKeyBlock);
-  }
+  });
 }
 
 // Turns n scores into weights in place; lanes past n of the last block hold scores of no entry.
@@ -124,15 +130,12 @@ TAPER_INLINE inline void weighted_block(const T* values, int64_t dim, int64_t nu
 
 template <class V, int kHeads, class T>
 inline void weigh_heads(const AttentionArgs& args, const float* weights, float* out) {
-  constexpr int kVectors = V::kSums / kHeads > 0 ? V::kSums / kHeads : 1;
   const T* values = static_cast<const T*>(args.values);
-  const int64_t dim = args.head_dim, entries = args.num_entries;
-  int64_t d = 0;
-  for (; d + kVectors * kLanes <= dim; d += kVectors * kLanes) {
-    weighted_block<V, kHeads, kVectors>(values + d, dim, entries, weights, out + d);
-  }
-  for (; d + kLanes <= dim; d += kLanes) weighted_block<V, kHeads, 1>(values + d, dim, entries, weights, out + d);
-  if (d < dim) weighted_block<V, kHeads, 1>(values + d, dim, entries, weights, out + d, dim - d);
+  const int64_t dim = args.head_dim, entries = args.num_entries, whole = dim / kLanes * kLanes;
+  in_steps<kSumsOfHead<V, kHeads>>(dim / kLanes, [&]<int kVectors>(int64_t v) TAPER_INLINE {
+    weighted_block<V, kHeads, kVectors>(values + v * kLanes, dim, entries, weights, out + v * kLanes);
+  });
+  if (whole < dim) weighted_block<V, kHeads, 1>(values + whole, dim, entries, weights, out + whole, dim - whole);
 }
 
 template <class V, class T>
