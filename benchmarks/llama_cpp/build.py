@@ -31,11 +31,10 @@ AMX_SOURCE = Path("ggml/src/ggml-cpu/amx/mmq.cpp")
 AMX_CALL = "_tile_loadconfig(&tc);"
 AMX_BARRIER = 'asm volatile("" :: "r"(&tc) : "memory");'
 
-TARGETS = ("llama-bench", "llama-quantize")
+TARGETS = ("llama-bench", "llama-batched-bench", "llama-quantize")
 CMAKE_OPTIONS = (
     "-DCMAKE_BUILD_TYPE=Release",
     "-DBUILD_SHARED_LIBS=OFF",
-    "-DGGML_NATIVE=ON",
     "-DGGML_OPENMP=ON",
     "-DLLAMA_BUILD_TESTS=OFF",
     "-DLLAMA_BUILD_EXAMPLES=OFF",
@@ -44,6 +43,18 @@ CMAKE_OPTIONS = (
     "-DLLAMA_OPENSSL=OFF",
     "-DLLAMA_BUILD_NUMBER=0",
 )
+# What each variant may use: everything this processor has, or what most small processors have.
+VARIANTS = {
+    "native": ("-DGGML_NATIVE=ON",),
+    "avx2": (
+        "-DGGML_NATIVE=OFF",
+        "-DGGML_AVX2=ON",
+        "-DGGML_FMA=ON",
+        "-DGGML_F16C=ON",
+        "-DGGML_BMI2=ON",
+        "-DGGML_AVX512=OFF",
+    ),
+}
 DOWNLOAD_TIMEOUT_S = 900
 BUILD_TIMEOUT_S = 3 * 3600
 
@@ -155,32 +166,34 @@ def write_stamp(stamp: Path, peer: Peer) -> None:
     stamp.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
-def ensure_peer(directory: Path, *, jobs: int) -> Peer:
+def ensure_peer(directory: Path, *, jobs: int, variant: str = "native") -> Peer:
     """Return the built peer, building it first where that has not been done.
 
     Args:
         directory: cache folder; `llama.cpp/` is created in it.
         jobs: compilers to run at a time.
+        variant: name among `VARIANTS`.
 
     Raises:
         BenchmarkError: a download, check or compilation failed.
     """
     root = directory / "llama.cpp"
-    stamp = root / "peer.json"
+    stamp = root / f"{variant}.json"
+    wanted = (*CMAKE_OPTIONS, *VARIANTS[variant])
     compiler = run([os.environ.get("CXX", "c++"), "--version"], timeout_s=60).splitlines()[0]
     known = read_stamp(stamp)
     package = f"{PACKAGE} {VERSION}"
-    recorded = known and (known.package, known.compiler, known.options[: len(CMAKE_OPTIONS)])
-    if known and recorded == (package, compiler, CMAKE_OPTIONS):
+    recorded = known and (known.package, known.compiler, known.options[: len(wanted)])
+    if known and recorded == (package, compiler, wanted):
         progress(f"llama.cpp {known.commit} is built in {known.bin_dir}")
         return known
     root.mkdir(parents=True, exist_ok=True)
     stamp.unlink(missing_ok=True)
-    source, build = root / "source", root / "build"
+    source, build = root / "source", root / f"build-{variant}"
     shutil.rmtree(build, ignore_errors=True)
     commit = unpack(download(root), source)
     # Without the commit given, llama.cpp asks git and may report a repository around the cache.
-    options = (*CMAKE_OPTIONS, f"-DLLAMA_BUILD_COMMIT={commit}")
+    options = (*wanted, f"-DLLAMA_BUILD_COMMIT={commit}")
     compile_peer(source, build, options, jobs)
     peer = Peer(package, commit, compiler, options, build / "bin")
     write_stamp(stamp, peer)
@@ -192,10 +205,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Build llama.cpp, the peer of the comparison.")
     parser.add_argument("--dir", type=Path, default=default_dir(), help="cache folder")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilers at a time")
+    parser.add_argument("--variant", choices=VARIANTS, default="native", help="instruction sets it may use")
     args = parser.parse_args()
     if args.jobs < 1:
         raise BenchmarkError(f"--jobs is {args.jobs}; it must be at least 1")
-    print(ensure_peer(args.dir.expanduser().resolve(), jobs=args.jobs).bin_dir)
+    print(ensure_peer(args.dir.expanduser().resolve(), jobs=args.jobs, variant=args.variant).bin_dir)
 
 
 if __name__ == "__main__":

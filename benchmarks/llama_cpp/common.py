@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 OUTPUT_TAIL_LINES = 12
@@ -23,12 +23,15 @@ def progress(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def run(command: Sequence[str | Path], *, timeout_s: float) -> str:
+def run(
+    command: Sequence[str | Path], *, timeout_s: float, environment: Mapping[str, str] | None = None
+) -> str:
     """Run a program to its end and return its stdout.
 
     Args:
         command: program and arguments, passed on without a shell.
         timeout_s: seconds after which the program is killed.
+        environment: variables that it sees beside those of this process.
 
     Returns:
         Everything the program wrote to stdout.
@@ -38,7 +41,14 @@ def run(command: Sequence[str | Path], *, timeout_s: float) -> str:
     """
     argv = [str(part) for part in command]
     try:
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=timeout_s, check=False)
+        done = subprocess.run(
+            argv,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+            env={**os.environ, **(environment or {})},
+        )
     except FileNotFoundError:
         raise BenchmarkError(f"program {argv[0]} was not found; install it or put it on PATH") from None
     except subprocess.TimeoutExpired:

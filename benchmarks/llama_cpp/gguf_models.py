@@ -19,7 +19,7 @@ from common import BenchmarkError, default_dir, progress, run, run_main
 SEED = 20
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 WEIGHT_STD = 0.02
-CONTEXT_TOKENS = 2048
+CONTEXT_TOKENS = 16384
 RMS_EPSILON = 1e-5
 ROPE_BASE = 10000.0
 NUM_SPECIAL_TOKENS = 3
@@ -27,7 +27,8 @@ NUM_BYTE_TOKENS = 256
 # Values of the GGUF format.
 TOKEN_NORMAL, TOKEN_UNKNOWN, TOKEN_CONTROL, TOKEN_BYTE = 1, 2, 3, 6
 FILE_TYPE_MOSTLY_F16 = 1
-QUANTIZED_TYPES = ("Q4_0", "Q4_K_M", "Q3_K_M", "Q2_K", "Q8_0")
+FLOAT_TYPE = "F16"
+TYPES = ("Q4_0", "Q4_K_M", "Q3_K_M", "Q2_K", "TQ2_0", "Q5_K_M", "Q6_K", "Q8_0", FLOAT_TYPE)
 QUANTIZE_TIMEOUT_S = 3600
 
 
@@ -91,10 +92,10 @@ def shape_named(name: str) -> Shape:
 
 
 def check_types(types: Sequence[str]) -> None:
-    """Refuse a name that is not among `QUANTIZED_TYPES`."""
+    """Refuse a name that is not among `TYPES`."""
     for name in types:
-        if name not in QUANTIZED_TYPES:
-            raise BenchmarkError(f"quantized type {name} is unknown; use {', '.join(QUANTIZED_TYPES)}")
+        if name not in TYPES:
+            raise BenchmarkError(f"type {name} is unknown; use {', '.join(TYPES)}")
 
 
 def optional_package(name: str) -> ModuleType:
@@ -221,17 +222,16 @@ def quantize_gguf(peer: Peer, source: Path, path: Path, name: str, imatrix: Path
     partial.rename(path)
 
 
-def ensure_models(
-    shape: Shape, types: Sequence[str], directory: Path, peer: Peer, *, keep_f16: bool = False
-) -> list[Path]:
+def ensure_models(shape: Shape, types: Sequence[str], directory: Path, peer: Peer) -> list[Path]:
     """Return the files of `shape` in the given types, writing those that are missing.
+
+    The float file, the largest of all, stays only where it is asked for.
 
     Args:
         shape: the model's dimensions.
-        types: names among `QUANTIZED_TYPES`.
+        types: names among `TYPES`.
         directory: folder of the files.
         peer: whose llama-quantize is used.
-        keep_f16: whether the float file, the largest of all, stays afterwards.
 
     Returns:
         One path per type, in the order of `types`.
@@ -240,12 +240,14 @@ def ensure_models(
     directory.mkdir(parents=True, exist_ok=True)
     paths = {name: directory / f"{shape.name}-{name}.gguf" for name in types}
     missing = [name for name, path in paths.items() if not path.exists()]
-    source = directory / f"{shape.name}-F16.gguf"
-    if (missing or keep_f16) and not source.exists():
+    source = directory / f"{shape.name}-{FLOAT_TYPE}.gguf"
+    kept = FLOAT_TYPE in types or source.exists()
+    if missing and not source.exists():
         write_f16(shape, source)
     for name in missing:
-        quantize_gguf(peer, source, paths[name], name)
-    if not keep_f16:
+        if name != FLOAT_TYPE:
+            quantize_gguf(peer, source, paths[name], name)
+    if not kept:
         source.unlink(missing_ok=True)
     return [paths[name] for name in types]
 
@@ -274,15 +276,14 @@ def main() -> None:
     """Write the models of one shape and print their paths."""
     parser = argparse.ArgumentParser(description="Write GGUF models of random weights.")
     parser.add_argument("--shape", default="1.1b", help=f"one of {', '.join(SHAPES)}")
-    parser.add_argument("--types", default="Q4_0", help="comma-separated quantized types")
+    parser.add_argument("--types", default="Q4_0", help=f"comma-separated, among {', '.join(TYPES)}")
     parser.add_argument("--dir", type=Path, default=default_dir(), help="cache folder")
-    parser.add_argument("--keep-f16", action="store_true", help="keep the float file")
     args = parser.parse_args()
     directory = args.dir.expanduser().resolve()
     shape = shape_named(args.shape)
     peer = ensure_peer(directory, jobs=os.cpu_count() or 1)
     types = split_names(args.types)
-    for path in ensure_models(shape, types, directory / "models", peer, keep_f16=args.keep_f16):
+    for path in ensure_models(shape, types, directory / "models", peer):
         print(path)
 
 

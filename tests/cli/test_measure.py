@@ -38,6 +38,55 @@ def test_bench_rows(taper, model):
     assert rows[1]["bytes_per_token"] == pytest.approx(weights + kv)
 
 
+def test_bench_after_a_context(taper, model):
+    options = (
+        "--bits",
+        "4",
+        "--prompt",
+        "8",
+        "--generate",
+        "2",
+        "--depth",
+        "0,100",
+        "--repeat",
+        "1",
+        "--json",
+    )
+    rows = {row["test"]: row for row in json.loads(taper("bench", model, *options).out)["rows"]}
+    assert list(rows) == ["pp8", "tg2", "pp8 @ d100", "tg2 @ d100"]
+    # Keys and values of 100 more tokens for each: 2 layers, 2 heads of 16, float16.
+    more = rows["tg2 @ d100"]["bytes_per_token"] - rows["tg2"]["bytes_per_token"]
+    assert more == 100 * 2 * 2 * 2 * 16 * 2
+
+
+def test_bench_of_a_verification_reads_the_weights_once(taper, model):
+    options = (
+        "--bits",
+        "4",
+        "--prompt",
+        "0",
+        "--generate",
+        "0",
+        "--verify",
+        "1,5",
+        "--repeat",
+        "1",
+        "--json",
+    )
+    one, five = json.loads(taper("bench", model, *options).out)["rows"]
+    assert (one["test"], five["test"]) == ("vf1", "vf5")
+    assert five["num_tokens"] == 5 * one["num_tokens"]
+    assert five["bytes_per_token"] < one["bytes_per_token"] / 4
+
+
+def test_bench_under_a_policy(taper, model):
+    policy = "progressive:4@0,3@2,2@3"
+    options = ("--policy", policy, "--prompt", "0", "--generate", "4", "--repeat", "1", "--json")
+    (row,) = json.loads(taper("bench", model, *options).out)["rows"]
+    # Tokens 1 to 4: the pass for token 1 runs at 4 bits, for 2 at 3, for 3 and 4 at 2.
+    assert (row["policy"], row["bits"]) == (policy, 11 / 4)
+
+
 def test_bench_json_prints_one_line(taper, model):
     outcome = taper(
         "bench", model, "--bits", "2", "--prompt", "0", "--generate", "2", "--repeat", "1", "--json"
@@ -52,6 +101,10 @@ def test_bench_refuses_what_it_cannot_measure(taper, model):
     assert taper("bench", model, "--bits", "4;3").status == 2
     assert taper("bench", model, "--prompt", "257").status == 4
     assert taper("bench", model, "--threads", "0").status == 2
+    assert taper("bench", model, "--depth", "256", "--prompt", "0", "--generate", "1").status == 4
+    assert taper("bench", model, "--depth", "1,x").status == 2
+    assert taper("bench", model, "--batch", "0").status == 2
+    assert taper("bench", model, "--bits", "4", "--policy", "fixed:4").status == 2
 
 
 def test_eval_labels_both_protocols(taper, model, text):

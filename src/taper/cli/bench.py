@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,10 +18,63 @@ from taper.cli.terminal import file_size, note, table
 from taper.errors import DoesNotFitError, UsageError
 
 if TYPE_CHECKING:
+    from taper.kvcache import KvCache
     from taper.models import Decoder
+    from taper.precision import PrecisionPolicy
 
 # Arbitrary; the speed does not depend on the tokens, but the same ones make runs comparable.
 _SEED = 0
+# One verification takes about as long as one token: so many make a repetition that a clock can tell.
+_VERIFY_PASSES = 16
+
+
+class CountList(click.ParamType[tuple[int, ...]]):
+    """Comma-separated whole numbers, as in 0,1024."""
+
+    name = "N,N,..."
+
+    def __init__(self, least: int) -> None:
+        self._least = least
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        """A tuple without repetition, in the order given."""
+        if isinstance(value, tuple):
+            return value
+        words = [word.strip() for word in str(value).split(",")]
+        numbers = [int(word) for word in words if re.fullmatch(r"[0-9]{1,9}", word, re.ASCII)]
+        if len(numbers) < len(words) or min(numbers) < self._least:
+            self.fail(f"{value!r} is not a list of whole numbers from {self._least} on", param, ctx)
+        return tuple(dict.fromkeys(numbers))
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to measure.
+
+    Attributes:
+        policies: each gives its own rows.
+        prompt: tokens of a prompt, 0 for no such row.
+        generate: tokens that each sequence decodes, 0 for no such row.
+        depths: tokens that are in the cache before the clock starts.
+        batches: sequences that decode together.
+        verify: tokens of one pass that returns the logits of all of them.
+        repeat: repetitions after a warm-up.
+    """
+
+    policies: tuple[PrecisionPolicy, ...]
+    prompt: int
+    generate: int
+    depths: tuple[int, ...]
+    batches: tuple[int, ...]
+    verify: tuple[int, ...]
+    repeat: int
+
+    @property
+    def max_tokens(self) -> int:
+        """Entries of the longest cache."""
+        return max(self.depths) + max(self.prompt, self.generate, *self.verify)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +82,12 @@ class Row:
     """One measurement.
 
     Attributes:
-        test: pp512 is a prompt of 512 tokens, tg128 128 tokens generated from an empty cache.
-        bits: width of every pass.
-        num_tokens: of one repetition.
+        test: pp512 is a prompt of 512 tokens; tg128 128 tokens generated one by one, `x8` by each of 8
+            sequences together; vf5 passes over 5 tokens with the logits of each, as a verification of drafts
+            has them. `@ d3072` behind it: after 3072 tokens that are in the cache.
+        policy: which bits each pass reads.
+        bits: mean over the passes.
+        num_tokens: of one repetition, of all sequences together.
         tokens_per_s: median over the repetitions.
         spread_frac: (fastest - slowest) / median.
         bytes_per_token: weights and KV entries read, mean over the tokens.
@@ -39,6 +96,7 @@ class Row:
     """
 
     test: str
+    policy: str
     bits: float
     num_tokens: int
     tokens_per_s: float
@@ -51,12 +109,20 @@ class Row:
 @click.command("bench")
 @click.argument("model", required=False)
 @click.option("--bits", type=WidthList(), help="Widths to measure; default: all in the file, widest first.")
+@click.option("--policy", metavar="TEXT", help="Bits by position instead of --bits, as in taper run.")
 @click.option(
     "--prompt", type=click.IntRange(0), default=512, show_default=True, help="Prompt tokens; 0: no row."
 )
 @click.option(
     "--generate", type=click.IntRange(0), default=128, show_default=True, help="Generated tokens; 0: no row."
 )
+@click.option(
+    "--depth", "depths", type=CountList(0), default="0", help="Tokens in the cache before; default: 0."
+)
+@click.option(
+    "--batch", "batches", type=CountList(1), default="1", help="Sequences that generate together; default: 1."
+)
+@click.option("--verify", type=CountList(1), help="Also time passes over so many drafted tokens.")
 @click.option(
     "--repeat", type=click.IntRange(1), default=5, show_default=True, help="Repetitions after a warm-up."
 )
@@ -65,59 +131,202 @@ class Row:
 def command(
     model: str | None,
     bits: tuple[float, ...] | None,
-    prompt: int,
-    generate: int,
-    repeat: int,
+    policy: str | None,
+    verify: tuple[int, ...] | None,
     threads: int | None,
     as_json: bool,
+    **counts: Any,
 ) -> None:
     """Measure MODEL (a .taper file; default: the one in the package) on random tokens.
 
-    The median of the repetitions counts. The last line is JSON with the key "rows"; --json prints only that.
+    --depth, --batch and --verify take lists, as in 0,1024. The median of the repetitions counts. The last
+    line is JSON with the key "rows"; --json prints only that.
     """
     from taper.formats.container import TaperFile
     from taper.models import Decoder
 
     set_threads(threads)
-    if not prompt and not generate:
-        raise UsageError(
-            "--prompt 0 and --generate 0 leave nothing to measure", hint="give one of them tokens"
-        )
     file = TaperFile.open(model_path(model))
     note(file.notice())
     decoder = Decoder.from_taper(file)
-    widths = bits or tuple(range(decoder.max_bits, decoder.min_bits - 1, -1))
-    for width in widths:
-        decoder.widths(width)  # refuses what the file does not hold before anything runs
-    if max(prompt, generate) > decoder.context_length:
-        raise DoesNotFitError(
-            f"{max(prompt, generate)} tokens are beyond the model's context of {decoder.context_length}",
-            hint=f"ask for at most {decoder.context_length}",
-        )
+    plan = Plan(_policies(decoder, bits, policy), verify=verify or (), **counts)
+    _check(plan, decoder)
     rows = []
-    for row in measure(decoder, widths, prompt, generate, repeat):
+    for row in measure(decoder, plan):
         rows.append(row)
         if not as_json:
-            click.echo(f"{row.test} at {row.bits:g} bits: {row.tokens_per_s:.1f} tok/s", err=True)
+            click.echo(f"{row.test} at {row.bits:.3g} bits: {row.tokens_per_s:.1f} tok/s", err=True)
     if not as_json:
         click.echo(_text(rows))
     click.echo(json.dumps(_report(file.path.name, file.file_bytes, rows)))
 
 
-def measure(
-    decoder: Decoder, widths: tuple[float, ...], prompt: int, generate: int, repeat: int
-) -> Iterator[Row]:
-    """Measure each width; every test first runs once without a clock."""
-    for bits in widths:
-        if prompt:
-            yield _row(f"pp{prompt}", bits, prompt, _prefill(decoder, bits, prompt), repeat)
-        if generate:
-            yield _row(f"tg{generate}", bits, generate, _decode(decoder, bits, generate), repeat)
+def _policies(
+    decoder: Decoder, bits: tuple[float, ...] | None, policy: str | None
+) -> tuple[PrecisionPolicy, ...]:
+    """The policies of --bits or --policy; refuses what the file does not hold before anything runs."""
+    from taper.precision import Fixed, parse_policy
+
+    if policy is not None:
+        if bits is not None:
+            raise UsageError("--bits and --policy both say which bits to read", hint="give one of them")
+        return (parse_policy(policy, decoder.min_bits, decoder.max_bits, decoder.has_sensitivity),)
+    widths = bits or tuple(range(decoder.max_bits, decoder.min_bits - 1, -1))
+    for width in widths:
+        decoder.widths(width)
+    return tuple(Fixed(width) for width in widths)
 
 
-def _row(test: str, bits: float, num_tokens: int, run: Callable[[], int], repeat: int) -> Row:
-    """`run` does the work once and returns the bytes that it read."""
-    num_bytes = run()
+def _check(plan: Plan, decoder: Decoder) -> None:
+    if not (plan.prompt or plan.generate or plan.verify):
+        raise UsageError(
+            "--prompt 0 and --generate 0 leave nothing to measure", hint="give one of them tokens"
+        )
+    if plan.max_tokens > decoder.context_length:
+        raise DoesNotFitError(
+            f"{plan.max_tokens} tokens are beyond the model's context of {decoder.context_length}",
+            hint=f"ask for at most {decoder.context_length}",
+        )
+
+
+def measure(decoder: Decoder, plan: Plan) -> Iterator[Row]:
+    """Measure each policy; every test first runs once without a clock."""
+    for policy in plan.policies:
+        for depth in plan.depths:
+            reader = _Reader(decoder, policy, depth)
+            if plan.prompt:
+                yield _row(f"pp{plan.prompt}", reader, reader.prefill(plan.prompt), plan.repeat)
+            for batch in plan.batches if plan.generate else ():
+                test = f"tg{plan.generate}" + (f" x{batch}" if batch > 1 else "")
+                yield _row(test, reader, reader.decode(plan.generate, batch), plan.repeat)
+            for count in plan.verify:
+                yield _row(f"vf{count}", reader, reader.verify(count), plan.repeat)
+
+
+@dataclass(slots=True)
+class _Work:
+    """What one repetition did.
+
+    Attributes:
+        num_tokens: of all sequences together.
+        num_bytes: weights and KV entries read.
+        bits: of each pass.
+    """
+
+    num_tokens: int = 0
+    num_bytes: int = 0
+    bits: list[float] = field(default_factory=list)
+
+
+class _Reader:
+    """Runs passes of one decoder under one policy, always from `depth` tokens on."""
+
+    def __init__(self, decoder: Decoder, policy: PrecisionPolicy, depth: int) -> None:
+        self.decoder, self.policy, self.depth = decoder, policy, depth
+
+    def prefill(self, num_tokens: int) -> Callable[[], _Work]:
+        """A prompt in the engine's chunks, logits of the last token only."""
+        from taper.engine.engine import PREFILL_CHUNK_TOKENS
+
+        tokens, cache = self._tokens(num_tokens), self._cache(num_tokens)
+
+        def run() -> _Work:
+            work = _Work()
+            cache.truncate(self.depth)
+            for begin in range(0, num_tokens, PREFILL_CHUNK_TOKENS):
+                chunk = tokens[begin : begin + PREFILL_CHUNK_TOKENS]
+                bits = self._bits(cache, 0, 1)
+                self.decoder.forward(
+                    chunk, cache, bits, "last" if begin + len(chunk) == num_tokens else "none"
+                )
+                self._count(work, bits, len(chunk), [cache])
+            return work
+
+        return run
+
+    def decode(self, num_tokens: int, batch: int) -> Callable[[], _Work]:
+        """One pass a token of each sequence; no sampling, as in llama-bench."""
+        decode_batch = getattr(self.decoder, "decode_batch", None)
+        if batch > 1 and decode_batch is None:
+            raise UsageError("this version decodes one sequence at a time", hint="leave out --batch")
+        tokens = self._tokens(num_tokens * batch).reshape(num_tokens, batch)
+        caches = [self._cache(num_tokens) for _ in range(batch)]
+
+        def run() -> _Work:
+            work = _Work()
+            for cache in caches:
+                cache.truncate(self.depth)
+            for index in range(num_tokens):
+                bits = self._bits(caches[0], index + 1, num_tokens)
+                if decode_batch is not None and batch > 1:
+                    decode_batch(tokens[index], caches, bits)
+                else:
+                    self.decoder.forward(tokens[index], caches[0], bits, "last")
+                self._count(work, bits, batch, caches)
+            return work
+
+        return run
+
+    def verify(self, num_tokens: int) -> Callable[[], _Work]:
+        """Passes over the same tokens that take back what they wrote."""
+        tokens, cache = self._tokens(num_tokens), self._cache(num_tokens)
+
+        def run() -> _Work:
+            work = _Work()
+            for _ in range(_VERIFY_PASSES):
+                cache.truncate(self.depth)
+                bits = self._bits(cache, 1, 1)
+                self.decoder.forward(tokens, cache, bits, "all")
+                self._count(work, bits, num_tokens, [cache])
+            return work
+
+        return run
+
+    def _bits(self, cache: KvCache, num_generated: int, max_tokens: int) -> float:
+        from taper.precision import StepContext
+
+        decoder = self.decoder
+        return self.policy.bits(
+            StepContext(
+                phase="decode" if num_generated else "prefill",
+                position=cache.num_tokens,
+                num_generated=num_generated,
+                max_tokens=max_tokens,
+                min_bits=decoder.min_bits,
+                max_bits=decoder.max_bits,
+                allows_fractions=decoder.has_sensitivity,
+            )
+        )
+
+    def _count(self, work: _Work, bits: float, num_tokens: int, caches: Sequence[KvCache]) -> None:
+        work.bits.append(bits)
+        work.num_tokens += num_tokens
+        work.num_bytes += self.decoder.bytes_per_pass(bits)
+        work.num_bytes += sum(cache.bytes_read(cache.num_tokens) for cache in caches)
+
+    def _cache(self, room: int) -> KvCache:
+        """A cache with room behind `depth` random entries, over which attention takes as long as over real
+        ones.
+        """
+        import numpy as np
+
+        cache = self.decoder.new_cache(self.depth + room)
+        generator = np.random.default_rng(_SEED)
+        for array in (array for layer in cache.layers for array in layer):
+            heads, _, head_dim = array.shape
+            array[:, : self.depth] = generator.standard_normal((heads, self.depth, head_dim), np.float32)
+        cache.advance(self.depth)
+        return cache
+
+    def _tokens(self, num_tokens: int) -> Any:
+        import numpy as np
+
+        vocab_size = self.decoder.config.vocab_size
+        return np.random.default_rng(_SEED).integers(0, vocab_size, num_tokens, dtype=np.int32)
+
+
+def _row(test: str, reader: _Reader, run: Callable[[], _Work], repeat: int) -> Row:
+    work = run()
     seconds = []
     for _ in range(repeat):
         begin = time.perf_counter()
@@ -125,54 +334,16 @@ def _row(test: str, bits: float, num_tokens: int, run: Callable[[], int], repeat
         seconds.append(time.perf_counter() - begin)
     median = statistics.median(seconds)
     return Row(
-        test=test,
-        bits=bits,
-        num_tokens=num_tokens,
-        tokens_per_s=num_tokens / median,
-        spread_frac=(num_tokens / min(seconds) - num_tokens / max(seconds)) / (num_tokens / median),
-        bytes_per_token=num_bytes / num_tokens,
-        gb_per_s=num_bytes / median / 1e9,
+        test=test + (f" @ d{reader.depth}" if reader.depth else ""),
+        policy=reader.policy.name,
+        bits=statistics.mean(work.bits),
+        num_tokens=work.num_tokens,
+        tokens_per_s=work.num_tokens / median,
+        spread_frac=(1 / min(seconds) - 1 / max(seconds)) * median,
+        bytes_per_token=work.num_bytes / work.num_tokens,
+        gb_per_s=work.num_bytes / median / 1e9,
         seconds=tuple(seconds),
     )
-
-
-def _prefill(decoder: Decoder, bits: float, num_tokens: int) -> Callable[[], int]:
-    """A prompt in the engine's chunks, logits of the last token only."""
-    from taper.engine.engine import PREFILL_CHUNK_TOKENS
-
-    tokens = _random_tokens(decoder, num_tokens)
-
-    def run() -> int:
-        cache = decoder.new_cache(num_tokens)
-        num_bytes = 0
-        for begin in range(0, num_tokens, PREFILL_CHUNK_TOKENS):
-            chunk = tokens[begin : begin + PREFILL_CHUNK_TOKENS]
-            decoder.forward(chunk, cache, bits, "last" if begin + len(chunk) == num_tokens else "none")
-            num_bytes += decoder.bytes_per_pass(bits) + cache.bytes_read(cache.num_tokens)
-        return num_bytes
-
-    return run
-
-
-def _decode(decoder: Decoder, bits: float, num_tokens: int) -> Callable[[], int]:
-    """One pass a token, from an empty cache; no sampling, as in llama-bench."""
-    tokens = _random_tokens(decoder, num_tokens)
-
-    def run() -> int:
-        cache = decoder.new_cache(num_tokens)
-        num_bytes = 0
-        for index in range(num_tokens):
-            decoder.forward(tokens[index : index + 1], cache, bits, "last")
-            num_bytes += decoder.bytes_per_pass(bits) + cache.bytes_read(cache.num_tokens)
-        return num_bytes
-
-    return run
-
-
-def _random_tokens(decoder: Decoder, num_tokens: int) -> Any:
-    import numpy as np
-
-    return np.random.default_rng(_SEED).integers(0, decoder.config.vocab_size, num_tokens, dtype=np.int32)
 
 
 def _report(name: str, file_bytes: int, rows: list[Row]) -> dict[str, Any]:
@@ -198,7 +369,7 @@ def _text(rows: list[Row]) -> str:
     cells = [
         (
             row.test,
-            f"{row.bits:g}",
+            f"{row.bits:.3g}",
             f"{row.tokens_per_s:.1f}",
             f"{row.spread_frac:.1%}",
             file_size(row.bytes_per_token),

@@ -34,7 +34,7 @@ from taper.kernels import pack_planes
 U8 = npt.NDArray[np.uint8]
 
 SHAPES = {
-    # TinyLlama 1.1B
+    # TinyLlama 1.1B, with room for the context depths that are measured
     "1.1b": ModelConfig(
         architecture="LlamaForCausalLM",
         hidden_size=2048,
@@ -44,12 +44,12 @@ SHAPES = {
         num_kv_heads=4,
         head_dim=64,
         vocab_size=32000,
-        max_position_embeddings=2048,
+        max_position_embeddings=16384,
         rms_norm_eps=1e-5,
         rope=RopeConfig(),
         tie_word_embeddings=False,
     ),
-    # SmolLM 135M
+    # SmolLM 135M, the same
     "135m": ModelConfig(
         architecture="LlamaForCausalLM",
         hidden_size=576,
@@ -59,7 +59,7 @@ SHAPES = {
         num_kv_heads=3,
         head_dim=64,
         vocab_size=49152,
-        max_position_embeddings=2048,
+        max_position_embeddings=16384,
         rms_norm_eps=1e-5,
         rope=RopeConfig(),
         tie_word_embeddings=True,
