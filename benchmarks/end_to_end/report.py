@@ -129,18 +129,15 @@ def _verdict(claim: Claim, rounds: Iterable[list[Sample]]) -> Verdict | None:
 
 
 def summary_lines(group: Group, rows: list[Summary]) -> list[str]:
-    """The table of a group's figures."""
-    width = max(len(row.name) for row in rows)
+    """The table of a group's figures, in Markdown."""
     lines = [
-        f"{f'{group.name}, {group.unit}':<{width}}  {'median':>9}  {'least':>9}  {'most':>9}  {'share':>6}  "
-        "disturbed"
+        f"| {group.name}, {group.unit} | median | least | most | share | disturbed |",
+        "|---|---|---|---|---|---|",
     ]
     for row in rows:
         share = "" if row.share_frac is None else f"{row.share_frac:.0%}"
-        lines.append(
-            f"{row.name:<{width}}  {row.median:>9.2f}  {row.least:>9.2f}  {row.most:>9.2f}  {share:>6}  "
-            f"{row.num_disturbed} of {row.num_samples}"
-        )
+        values = " | ".join(f"{value:.4g}" for value in (row.median, row.least, row.most))
+        lines.append(f"| {row.name} | {values} | {share} | {row.num_disturbed} of {row.num_samples} |")
     return lines
 
 
