@@ -246,9 +246,6 @@ class _Reader:
 
     def decode(self, num_tokens: int, batch: int) -> Callable[[], _Work]:
         """One pass a token of each sequence; no sampling, as in llama-bench."""
-        decode_batch = getattr(self.decoder, "decode_batch", None)
-        if batch > 1 and decode_batch is None:
-            raise UsageError("this version decodes one sequence at a time", hint="leave out --batch")
         tokens = self._tokens(num_tokens * batch).reshape(num_tokens, batch)
         caches = [self._cache(num_tokens) for _ in range(batch)]
 
@@ -258,10 +255,7 @@ class _Reader:
                 cache.truncate(self.depth)
             for index in range(num_tokens):
                 bits = self._bits(caches[0], index + 1, num_tokens)
-                if decode_batch is not None and batch > 1:
-                    decode_batch(tokens[index], caches, bits)
-                else:
-                    self.decoder.forward(tokens[index], caches[0], bits, "last")
+                self.decoder.decode_batch(tokens[index], caches, bits)
                 self._count(work, bits, batch, caches)
             return work
 
@@ -310,11 +304,13 @@ class _Reader:
         """
         import numpy as np
 
+        from taper.kvcache import KEY_BLOCK
+
         cache = self.decoder.new_cache(self.depth + room)
         generator = np.random.default_rng(_SEED)
-        for array in (array for layer in cache.layers for array in layer):
-            heads, _, head_dim = array.shape
-            array[:, : self.depth] = generator.standard_normal((heads, self.depth, head_dim), np.float32)
+        rows = -(-self.depth // KEY_BLOCK) * KEY_BLOCK
+        for array in cache.array.reshape(-1, *cache.array.shape[3:]):
+            array[:rows] = generator.standard_normal((rows, array.shape[1]), np.float32)
         cache.advance(self.depth)
         return cache
 

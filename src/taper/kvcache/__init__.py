@@ -1,5 +1,5 @@
 """KV cache of a sequence."""
 
-from taper.kvcache.cache import KvCache, KvLayer
+from taper.kvcache.cache import KEY_BLOCK, KvCache, KvLayer
 
-__all__ = ["KvCache", "KvLayer"]
+__all__ = ["KEY_BLOCK", "KvCache", "KvLayer"]
