@@ -2,10 +2,12 @@
 // and compares with the reference; what has no instruction set is compared on one thread and on several. Built with the
 // sanitisers (CMakePresets.json, "asan"), which see a byte too far.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <random>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -302,9 +304,67 @@ void check_attention(KvType type, int64_t group, int64_t dim, int64_t position) 
   });
 }
 
+// Phases of 0 to 7 pieces; each piece counts itself, and no phase may begin before those ahead of it are whole.
+class Counting final : public Program {
+ public:
+  explicit Counting(int64_t phases) : counts_(phases * 8) {}
+
+  static int64_t pieces(int64_t phase) { return phase * 5 % 8; }
+
+  int64_t begin(int64_t phase) override {
+    for (int64_t p = 0; p < phase; ++p) wrong_ += total(p) != pieces(p);
+    return pieces(phase);
+  }
+
+  void run(int64_t phase, int64_t piece) override {
+    if (phase == fails_at && piece == 2) throw std::runtime_error("stop");
+    counts_[phase * 8 + piece].fetch_add(1, std::memory_order_relaxed);
+  }
+
+  int64_t total(int64_t phase) const {
+    int64_t sum = 0;
+    for (int64_t i = 0; i < 8; ++i) sum += counts_[phase * 8 + i].load(std::memory_order_relaxed);
+    return sum;
+  }
+  int wrong() const { return wrong_; }
+
+  int64_t fails_at = -1;
+
+ private:
+  std::vector<std::atomic<int>> counts_;
+  int wrong_ = 0;
+};
+
+void check_programs(int threads) {
+  constexpr int64_t kPhases = 40;
+  set_num_threads(threads);
+  const auto expect = [&](bool holds, const char* what) {
+    if (holds) return;
+    std::printf("program on %d threads: %s\n", threads, what);
+    ++failures;
+  };
+  for (int round = 0; round < 200; ++round) {
+    Counting program(kPhases);
+    run_program(program, kPhases, threads);
+    expect(program.wrong() == 0, "a phase began too early");
+    for (int64_t p = 0; p < kPhases; ++p) expect(program.total(p) == Counting::pieces(p), "a piece ran not once");
+  }
+  Counting broken(kPhases);
+  broken.fails_at = 15;  // of three pieces
+  bool thrown = false;
+  try {
+    run_program(broken, kPhases, threads);
+  } catch (const std::runtime_error&) {
+    thrown = true;
+  }
+  expect(thrown, "the exception of a piece was lost");
+  for (int64_t p = 16; p < kPhases; ++p) expect(broken.total(p) == 0, "a phase ran after an exception");
+}
+
 }  // namespace
 
 int main() {
+  for (const int threads : {1, 2, 5}) check_programs(threads);
   for (const int64_t n : {1, 7, 16, 33, 64, 172, 576, 2048}) check_rows(n);
   for (const int64_t cols : {64, 128, 192, 320, 448, 512, 576, 1088}) {
     for (int bits = 1; bits <= 8; ++bits) {
