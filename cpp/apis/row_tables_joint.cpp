@@ -4,7 +4,7 @@
 
 #include "apis/row_tables_rows.hpp"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__)  // musl has no ifunc
 #define TAPER_CLONES __attribute__((target_clones("default", "avx2", "avx512f")))
 #else
 #define TAPER_CLONES

@@ -7,7 +7,7 @@
 
 #include "apis/solver.hpp"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__)  // musl has no ifunc
 #define TAPER_CLONES __attribute__((target_clones("default", "fma", "avx512f")))
 #else
 #define TAPER_CLONES

@@ -3,6 +3,9 @@
 
 namespace taper {
 
+bool cpu_has_neon();       // Advanced SIMD with the int8 dot product
+bool cpu_has_neon_i8mm();  // and the int8 matrix product
+
 bool cpu_has_avx2();    // AVX2, FMA, F16C, BMI2, and an OS that keeps the ymm registers
 bool cpu_has_avx512();  // F, BW, VL, DQ, VBMI, VBMI2, VNNI, GFNI, and an OS that keeps the zmm registers
 

@@ -8,6 +8,10 @@
 
 namespace taper {
 
+#if !defined(TAPER_HAS_NEON)
+const Kernels* neon_kernels() { return nullptr; }
+const Kernels* neon_i8mm_kernels() { return nullptr; }
+#endif
 #if !defined(TAPER_HAS_AVX2)
 const Kernels* avx2_kernels() { return nullptr; }
 #endif
@@ -28,6 +32,8 @@ bool always() { return true; }
 // Plainest first.
 constexpr InstructionSet kSets[] = {
     {"reference", reference_kernels, always},
+    {"neon", neon_kernels, cpu_has_neon},
+    {"neon_i8mm", neon_i8mm_kernels, cpu_has_neon_i8mm},
     {"avx2", avx2_kernels, cpu_has_avx2},
     {"avx512", avx512_kernels, cpu_has_avx512},
 };

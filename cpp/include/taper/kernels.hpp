@@ -120,6 +120,8 @@ struct Kernels {
 
 // Tables by instruction set; null where this build does not contain it.
 const Kernels* reference_kernels();
+const Kernels* neon_kernels();
+const Kernels* neon_i8mm_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
 

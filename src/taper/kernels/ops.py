@@ -31,7 +31,7 @@ except ValueError as error:
 
 
 def isa() -> str:
-    """Name of the instruction set in use: reference, avx2 or avx512."""
+    """Name of the instruction set in use, one of `available_isas()`."""
     return _native.isa()
 
 

@@ -1,0 +1,22 @@
+// The operations of the neon table.
+#pragma once
+
+#include "taper/kernels.hpp"
+
+namespace taper::neon {
+
+void planes_gemv(const PlanesView&, const ActivationsView&, const OutputView&, int64_t row_begin, int64_t row_end);
+void planes_gemm(const PlanesView&, const ActivationsView&, const OutputView&, int64_t row_begin, int64_t row_end);
+void planes_unpack(const PlanesView&, int64_t row, int8_t* out);
+void quantize(const float* x, int64_t n, int64_t cols, int magnitude_bits, const QuantizedRow& out);
+
+void rms_norm(const float* x, const float* gain, float eps, int64_t n, float* y);
+void rotate(float* x, const float* signs, int64_t n, int64_t block, bool inverse);
+void swiglu(const float* gate, const float* up, int64_t n, float* y);
+void exp(const float* x, int64_t n, float* y);
+void rope_store(float* qkv, int64_t heads, const KvView& kv, int64_t position, const float* cos, const float* sin);
+void attention(const AttentionArgs& args, const AttentionState& out);
+void attention_merge(int64_t heads, int64_t head_dim, const AttentionState& chunk, const AttentionState& into);
+void attention_finish(int64_t heads, int64_t head_dim, const AttentionState& state, float* out);
+
+}  // namespace taper::neon

@@ -1,0 +1,14 @@
+#include "kernels/neon/neon.hpp"
+
+namespace taper {
+
+const Kernels* neon_kernels() {
+  static constexpr Kernels table = {
+      "neon",          neon::planes_gemv,     neon::planes_gemm,      neon::planes_unpack, neon::rms_norm,
+      neon::rotate,    neon::quantize,        neon::swiglu,           neon::exp,           neon::rope_store,
+      neon::attention, neon::attention_merge, neon::attention_finish,
+  };
+  return &table;
+}
+
+}  // namespace taper

@@ -1,0 +1,15 @@
+#include "kernels/neon/neon.hpp"
+#include "neon_i8mm.hpp"
+
+namespace taper {
+
+const Kernels* neon_i8mm_kernels() {
+  static constexpr Kernels table = {
+      "neon_i8mm",     neon::planes_gemv,     neon_i8mm::planes_gemm, neon::planes_unpack, neon::rms_norm,
+      neon::rotate,    neon::quantize,        neon::swiglu,           neon::exp,           neon::rope_store,
+      neon::attention, neon::attention_merge, neon::attention_finish,
+  };
+  return &table;
+}
+
+}  // namespace taper
