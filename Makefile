@@ -7,13 +7,23 @@ NATIVE := CMakeLists.txt pyproject.toml $(shell find cpp -type f)
 CPP    := $(shell find cpp -name '*.cpp' -o -name '*.hpp')
 PROMPT ?= Once upon a time
 
-.PHONY: run test lint types format bench parity clean
+.PHONY: run test test-arm lint types format bench parity clean
 
 run: .venv/run.stamp  ## build, then answer with the embedded model, every token marked with its bits
 	@$(BIN)/taper run --policy progressive --show-bits --max-tokens 120 "$(PROMPT)"
 
 test: .venv/dev.stamp  ## the whole test suite
 	$(BIN)/python -m pytest
+
+test-arm:  ## the NEON kernels, cross-compiled, against the reference under qemu; on a CPU without each set, too
+	@command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null && command -v cmake >/dev/null \
+	  || { echo "error: make test-arm needs aarch64-linux-gnu-g++, qemu-aarch64 and cmake"; \
+	       echo "hint: sudo apt-get install g++-aarch64-linux-gnu qemu-user cmake"; exit 2; }
+	cmake --preset arm
+	cmake --build --preset arm --parallel 2
+	qemu-aarch64 -cpu max build/arm/taper_kernels reference neon neon_i8mm
+	qemu-aarch64 -cpu cortex-a76 build/arm/taper_kernels reference neon
+	qemu-aarch64 -cpu cortex-a72 build/arm/taper_kernels reference
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .
