@@ -9,7 +9,8 @@ namespace taper {
 struct SolverProblem {
   const float* weights;     // (rows, cols)
   const float* hessian;     // (cols, cols), damped, symmetric
-  const float* factor;      // (cols, cols), upper triangular U with U^T U = hessian^-1
+  const float* factor;      // (cols, cols), upper triangular F with F^T F = hessian^-1
+  const float* root;        // (cols, cols), lower triangular, the transpose of F^-1: hessian = root^T root
   const float* values;      // 2^min_bits + ... + 2^max_bits values, level after level, in code order
   const float* importance;  // (levels), weight of a level's squared error
   int64_t rows;
@@ -21,9 +22,10 @@ struct SolverProblem {
 };
 
 struct SolverResult {
-  uint8_t* codes;  // (rows, cols), max_bits wide
-  float* scales;   // (levels, rows): in, the first guess; out, refitted and rounded to float16
-  float* errors;   // (levels, rows): (w - q) H (w - q)^T
+  uint8_t* codes;   // (rows, cols), max_bits wide
+  float* scales;    // (levels, rows): in, the first guess; out, refitted and rounded to float16
+  float* errors;    // (levels, rows): (w - q) H (w - q)^T
+  float* energies;  // (rows): w H w^T
 };
 
 // Rows are independent, so the result does not depend on the number of threads.

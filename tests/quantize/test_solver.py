@@ -16,8 +16,8 @@ from taper.quantize.solver import (
     SolverOptions,
     factorise,
     importance_of,
-    invert_lower,
     solve,
+    triangular_root,
 )
 
 F32 = npt.NDArray[np.float32]
@@ -64,7 +64,7 @@ def path_costs(targets: F64, scales: F64, importance: F64) -> F64:
 
 def reference_sweep(weights: F32, moments: F64, base: float) -> npt.NDArray[np.uint8]:
     """GPTQ at all widths at once, row by row and column by column, in float64."""
-    _, factor = factorise(moments, 0.01)
+    _, factor, _ = factorise(moments, 0.01)
     upper = factor.astype(np.float64)
     importance = base ** np.arange(len(BOOK.levels))
     codes = np.zeros(weights.shape, dtype=np.uint8)
@@ -186,10 +186,12 @@ def test_dead_inputs_and_zero_rows_are_harmless() -> None:
 
 def test_factor_is_the_upper_root_of_the_inverse() -> None:
     _, moments = problem(1, 50, seed=7)
-    hessian, factor = factorise(moments, 0.01)
+    hessian, factor, root = factorise(moments, 0.01)
     assert np.array_equal(factor, np.triu(factor))
     product = factor.astype(np.float64).T @ factor.astype(np.float64) @ hessian.astype(np.float64)
     np.testing.assert_allclose(product, np.eye(50), atol=1e-3)
+    assert np.array_equal(root, np.tril(root))
+    np.testing.assert_allclose(root.T @ root, hessian, atol=1e-3)
 
 
 def test_a_scale_beyond_float16_is_refused() -> None:
@@ -203,18 +205,21 @@ def test_weights_that_are_not_finite_are_refused() -> None:
     eye, ones = np.eye(4, dtype=np.float32), np.ones((3, 2), dtype=np.float32)
     values = np.concatenate([level.reals for level in gaussian_codebook(2, 4).levels])
     with pytest.raises(ValueError, match="weight 0 is nan"):
-        _native.solve_nested(weights, eye, eye, values, ones[:, 0].copy(), ones, 2, 4, 1, True)
+        _native.solve_nested(weights, eye, eye, eye, values, ones[:, 0].copy(), ones, 2, 4, 1, True)
 
 
 @pytest.mark.parametrize("size", [1, 128, 129, 300])
-def test_a_lower_triangle_is_inverted_by_halves(size: int) -> None:
-    root = np.random.default_rng(size).standard_normal((size, 2 * size))
-    lower = np.linalg.cholesky(root @ root.T / size)
-    inverse = invert_lower(lower)
+def test_root_and_inverse_are_found_by_halves(size: int) -> None:
+    wide = np.random.default_rng(size).standard_normal((size, 2 * size))
+    square = wide @ wide.T / size
+    expected = np.linalg.cholesky(square)
+    lower, inverse = triangular_root(square.copy())
+    assert np.array_equal(lower, np.tril(lower))
     assert np.array_equal(inverse, np.tril(inverse))
-    # Either inverse is within n u cond of the true one (Higham, Accuracy and Stability, section 14.2).
-    tolerance = 2 * size * np.finfo(np.float64).eps * np.linalg.cond(lower) * np.linalg.norm(inverse)
-    assert np.linalg.norm(inverse - np.linalg.inv(lower)) <= tolerance
+    # Either is within n u cond of the true one (Higham, Accuracy and Stability, sections 10.1 and 14.2).
+    tolerance = 2 * size * np.finfo(np.float64).eps * np.linalg.cond(expected)
+    assert np.linalg.norm(lower - expected) <= tolerance * np.linalg.norm(expected)
+    assert np.linalg.norm(inverse - np.linalg.inv(expected)) <= tolerance * np.linalg.norm(inverse)
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,7 @@ def solve_nested(
     weights: Float32,
     hessian: Float32,
     factor: Float32,
+    root: Float32,
     values: Float32,
     importance: Float32,
     scales: Float32,
@@ -129,7 +130,7 @@ def solve_nested(
     max_bits: int,
     passes: int,
     refit_scales: bool,
-) -> tuple[NDArray[np.uint8], Float32, Float32]: ...
+) -> tuple[NDArray[np.uint8], Float32, Float32, Float32]: ...
 
 class Outliers:
     def __init__(

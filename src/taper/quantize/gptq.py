@@ -48,14 +48,15 @@ def gptq(
             f"plain GPTQ makes one width, not {codebook.min_bits}-{codebook.max_bits}",
             hint=f"give one width, as in --bits {codebook.max_bits}",
         )
-    hessian, factor = factorise(moments, damping)
+    hessian, factor, root = factorise(moments, damping)
     codes = np.empty(weights.shape, dtype=np.uint8)
     for begin in range(0, len(weights), _CALL_ROWS):
         rows = slice(begin, begin + _CALL_ROWS)
-        codes[rows], _, _ = _native.solve_nested(
+        codes[rows], *_ = _native.solve_nested(
             np.ascontiguousarray(weights[rows]),
             hessian,
             factor,
+            root,
             codebook.levels[0].reals,
             np.ones(1, dtype=np.float32),
             np.ascontiguousarray(scales[None, rows]),

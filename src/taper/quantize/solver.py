@@ -29,7 +29,7 @@ Float64 = NDArray[np.float64]
 
 # Rows of one native call: a second or so at 4096 columns, so that progress shows and Ctrl-C is heard.
 _CALL_ROWS = 512
-_INVERSE_COLUMNS = 128
+_ROOT_COLUMNS = 128
 
 # At 7 and 8 bits next to nothing is lost, so they need not take from the others: with full growth 8 bits had
 # 0.4 times the divergence of Q8_0 at its size, and 6 bits 1.26 times that of 6 bits alone.
@@ -119,19 +119,20 @@ def solve(
     """
     if not options.feedback:
         moments = np.eye(len(moments))
-    hessian, factor = factorise(moments, options.damping)
+    hessian, factor, root = factorise(moments, options.damping)
     levels = codebook.levels
     values = np.concatenate([level.reals for level in levels])
     importance = np.array([importance_of(options.importance_base, level.bits) for level in levels])
     scales = np.repeat(row_scales(weights)[None, :], len(levels), axis=0)
     codes = np.empty(weights.shape, dtype=np.uint8)
-    errors = np.zeros(len(levels))
+    errors, energy = np.zeros(len(levels)), 0.0
     for begin in range(0, len(weights), _CALL_ROWS):
         rows = slice(begin, begin + _CALL_ROWS)
-        codes[rows], scales[:, rows], part = _native.solve_nested(
+        codes[rows], scales[:, rows], part, energies = _native.solve_nested(
             np.ascontiguousarray(weights[rows]),
             hessian,
             factor,
+            root,
             values,
             importance.astype(np.float32),
             np.ascontiguousarray(scales[:, rows]),
@@ -141,9 +142,9 @@ def solve(
             options.refit_scales,
         )
         errors += part.sum(axis=1, dtype=np.float64)
+        energy += float(energies.sum(dtype=np.float64))
         if on_rows is not None:
             on_rows(min(begin + _CALL_ROWS, len(weights)))
-    energy = float(np.einsum("ij,ij->", weights @ hessian, weights, dtype=np.float64))
     relative = tuple(float(error / energy) if energy > 0 else 0.0 for error in errors)
     return Solution(codes, scales.astype(np.float16), relative)
 
@@ -154,39 +155,46 @@ def importance_of(base: float, bits: int) -> float:
     return float(base**growths)
 
 
-def factorise(moments: Float64, damping: float) -> tuple[Float32, Float32]:
-    """The damped second moments H, scaled to a mean diagonal of 1, and the upper U with U^T U = H^-1.
+def factorise(moments: Float64, damping: float) -> tuple[Float32, Float32, Float32]:
+    """The damped second moments H, scaled to a mean diagonal of 1; the upper F with F^T F = H^-1; F^-1
+    transposed.
 
     With J the exchange of first and last, J H J = L L^T gives H = M M^T with M = J L J upper triangular, and
-    U = M^-1 = J L^-1 J: no inverse of H is formed.
+    F = M^-1 = J L^-1 J: no inverse of H is formed.
     """
     mean = float(np.trace(moments)) / len(moments)
     hessian = moments / mean if mean > 0 else np.zeros_like(moments)
     hessian[np.diag_indices_from(hessian)] += damping
-    lower: Float64 = np.linalg.cholesky(hessian[::-1, ::-1]).astype(np.float64, copy=False)
-    factor = np.ascontiguousarray(invert_lower(lower)[::-1, ::-1], dtype=np.float32)
-    return hessian.astype(np.float32), factor
+    lower, inverse = triangular_root(np.ascontiguousarray(hessian[::-1, ::-1]))
+    factor = np.ascontiguousarray(inverse[::-1, ::-1], dtype=np.float32)
+    root = np.ascontiguousarray(lower.T[::-1, ::-1], dtype=np.float32)
+    return hessian.astype(np.float32), factor, root
 
 
-def invert_lower(lower: Float64) -> Float64:
-    """The inverse of a lower triangular matrix, (n, n).
+def triangular_root(square: Float64) -> tuple[Float64, Float64]:
+    """The lower triangular L with L L^T = square, and L^-1, both (n, n); `square` is overwritten.
 
-    By halves: [[A, 0], [B, C]] has the inverse [[A', 0], [-C' B A', C']], so that nearly all the work is
-    products; a general inverse takes six times the arithmetic.
+    By halves, [[A, B^T], [B, C]] with A = L1 L1^T and D = B L1^-T has the root [[L1, 0], [D, L2]], L2 that of
+    C - D D^T, and its inverse is [[L1', 0], [-L2' D L1', L2']]: nearly all the work is products, where
+    LAPACK's factorisation and an inverse after it take half as long again.
     """
-    inverse = np.zeros(lower.shape)
-    _invert_into(lower, inverse)
-    return inverse
+    lower, inverse = np.zeros(square.shape), np.zeros(square.shape)
+    _root_into(square, lower, inverse)
+    return lower, inverse
 
 
-def _invert_into(lower: Float64, inverse: Float64) -> None:
-    if len(lower) <= _INVERSE_COLUMNS:
+def _root_into(square: Float64, lower: Float64, inverse: Float64) -> None:
+    if len(square) <= _ROOT_COLUMNS:
+        lower[:] = np.linalg.cholesky(square)
         inverse[:] = np.tril(np.linalg.inv(lower))
         return
-    half = len(lower) // 2
-    _invert_into(lower[:half, :half], inverse[:half, :half])
-    _invert_into(lower[half:, half:], inverse[half:, half:])
-    np.matmul(-inverse[half:, half:], lower[half:, :half] @ inverse[:half, :half], out=inverse[half:, :half])
+    half = len(square) // 2
+    _root_into(square[:half, :half], lower[:half, :half], inverse[:half, :half])
+    cross = square[half:, :half] @ inverse[:half, :half].T
+    square[half:, half:] -= cross @ cross.T
+    lower[half:, :half] = cross
+    _root_into(square[half:, half:], lower[half:, half:], inverse[half:, half:])
+    np.matmul(-inverse[half:, half:], cross @ inverse[:half, :half], out=inverse[half:, :half])
 
 
 def row_scales(weights: Float32) -> Float32:
