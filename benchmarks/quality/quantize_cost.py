@@ -3,9 +3,10 @@
     python benchmarks/quality/quantize_cost.py --shape 1.1b --calibration TEXT --dir FOLDER
 
 Writes a bf16 checkpoint once, then runs the command with its defaults. `--limit` stops a run that takes too
-long and reports as far as it came. `--kill` stops it with SIGKILL at
-random moments, goes on, and compares the SHA-256 of the result with that of an undisturbed run. A table for
-people, then one line of JSON.
+long and reports as far as it came. `--kill` stops it with SIGKILL at random moments, goes on, and compares
+the SHA-256 of the result with that of an undisturbed run; with `--kill-layers` only so many layers are made
+again, and every tensor that is kept of their matrices is compared with that of the undisturbed file. A table
+for people, then one line of JSON.
 """
 
 from __future__ import annotations
@@ -30,9 +31,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.numpy import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from taper.config import ModelConfig
+from taper.formats.container import TaperFile
 from taper.formats.huggingface import expected_tensors
 from taper.formats.text import read_text
 from taper.testing.random_model import SHAPES
@@ -188,8 +191,12 @@ class Run:
     clock: StageClock
 
 
-def run_quantize(arguments: list[str], log: Path, kill_after_s: float = float("inf")) -> Run:
-    """Run `taper quantize` on a terminal of its own, watch it, and kill it so long after its work began."""
+def run_quantize(
+    arguments: list[str], log: Path, kill_after_s: float = float("inf"), kill_at: str = ""
+) -> Run:
+    """Run `taper quantize` on a terminal of its own, watch it, and kill it so long after its work began or as
+    soon as it shows a name.
+    """
     parent, child = os.openpty()
     command = [sys.executable, "-m", "taper", "quantize", *arguments]
     environment = {**os.environ, "COLUMNS": COLUMNS, "TERM": "xterm", "SOURCE_DATE_EPOCH": "0"}
@@ -200,7 +207,7 @@ def run_quantize(arguments: list[str], log: Path, kill_after_s: float = float("i
         os.close(child)
         os.set_blocking(parent, False)
         clock = StageClock()
-        status, usage = _watch(pid, parent, output.write, clock, kill_after_s)
+        status, usage = _watch(pid, parent, output.write, clock, kill_after_s, kill_at)
     os.close(parent)
     wall_s, cpu_s = time.monotonic() - begin, usage.ru_utime + usage.ru_stime
     end = busy_s()
@@ -210,7 +217,12 @@ def run_quantize(arguments: list[str], log: Path, kill_after_s: float = float("i
 
 
 def _watch(
-    pid: int, terminal: int, keep: Callable[[bytes], object], clock: StageClock, kill_after_s: float
+    pid: int,
+    terminal: int,
+    keep: Callable[[bytes], object],
+    clock: StageClock,
+    kill_after_s: float,
+    kill_at: str,
 ) -> tuple[int, Any]:
     """Until the process ends: status and usage."""
     last, cpu_s, worked_s = time.monotonic(), 0.0, 0.0
@@ -222,7 +234,7 @@ def _watch(
         clock.see(shown)
         worked_s += 0.0 if clock.name == "start" else now - last
         last, cpu_s = now, max(cpu_s, used_s)
-        if worked_s > kill_after_s:
+        if worked_s > kill_after_s or clock.name == kill_at:
             os.kill(pid, signal.SIGKILL)
         done, status, usage = os.wait4(pid, os.WNOHANG)
         if done:
@@ -290,6 +302,41 @@ def killed_runs(
     return {"kills": moments, "last_wall_s": last.wall_s, "sha256": sha256(out)}
 
 
+def killed_layers(
+    arguments: list[str], out: Path, log: Path, kills: int, layers: int, work_s: float, seed: int
+) -> dict[str, Any]:
+    """Make the first layers again beside the undisturbed file, killed `kills` times on the way and once when
+    they are done, and compare what is kept of them with the file.
+    """
+    draws = random.Random(seed)
+    moments = []
+    for _ in range(kills):
+        run = run_quantize(
+            arguments, log, draws.uniform(0.0, 2.0 * work_s / kills), f"calibrate layers.{layers}"
+        )
+        moments.append({"killed": run.status == KILLED, "wall_s": run.wall_s, "at": run.clock.name})
+    last = run_quantize(arguments, log, kill_at=f"calibrate layers.{layers}")
+    kept = out.with_name(f"{out.name}.partial")
+    same, different = compare_shards(kept, out)
+    shutil.rmtree(kept)
+    return {"kills": moments, "last_wall_s": last.wall_s, "same_tensors": same, "different": different}
+
+
+def compare_shards(folder: Path, out: Path) -> tuple[int, list[str]]:
+    """Tensors of finished matrices that have the bytes of those in the file, and the names of the others."""
+    file = TaperFile.open(out)
+    same, different = 0, []
+    for path in sorted(folder.glob("*.safetensors")):
+        for part, array in load_file(path).items():
+            if part == "errors":  # stored in the header
+                equal = array.tolist() == file.header.relative_errors[path.stem]
+            else:
+                equal = array.tobytes() == file.tensor(f"{path.stem}.{part}").tobytes()
+            same += equal
+            different += [] if equal else [f"{path.stem}.{part}"]
+    return same, different
+
+
 def report(run: Run, bf16_bytes: int) -> dict[str, Any]:
     """The figures of a run."""
     return {
@@ -337,9 +384,40 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--kill", type=int, default=0, metavar="N", help="kill it N times, compare the result"
     )
+    parser.add_argument(
+        "--kill-layers", type=int, metavar="L", help="make only the first L layers and the embedding again"
+    )
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds after which it is stopped")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the kills")
     return parser.parse_args()
+
+
+def resumed(
+    options: argparse.Namespace, arguments: list[str], out: Path, log: Path, run: Run, digest: str
+) -> dict[str, Any]:
+    """Kill and go on as the options say; the figures."""
+    kills, layers = options.kill, options.kill_layers
+    if layers:
+        work_s = sum(wall_s for name, wall_s in run.clock.matrices.items() if made_by(name, layers))
+        found = killed_layers(arguments, out, log, kills, layers, work_s, options.seed)
+        print(
+            f"killed {kills} times in {layers} layers: {found['same_tensors']} tensors are the same, others:"
+        )
+        print(found["different"] or "none")
+        return found
+    work_s = run.wall_s - run.clock.seconds["start"]
+    found = killed_runs(arguments, out, log, kills, work_s, options.seed)
+    found["same_bytes"] = found["sha256"] == digest
+    print(f"killed {kills} times, same bytes: {found['same_bytes']}")
+    return found
+
+
+def made_by(name: str, layers: int) -> bool:
+    """Whether the bar shows this name before layer `layers` begins."""
+    stage, _, matrix = name.partition(" ")
+    if stage not in ("calibrate", "solve"):
+        return False
+    return matrix == "embed" or (matrix.startswith("layers.") and int(matrix.split(".")[1]) < layers)
 
 
 def main() -> None:
@@ -362,10 +440,7 @@ def main() -> None:
     if run.status == 0:
         figures |= {"file_bytes": out.stat().st_size, "sha256": sha256(out)}
     if options.kill and run.status == 0:
-        work_s = run.wall_s - run.clock.seconds["start"]
-        figures["resumed"] = killed_runs(arguments, out, log, options.kill, work_s, options.seed)
-        figures["resumed"]["same_bytes"] = figures["resumed"]["sha256"] == figures["sha256"]
-        print(f"killed {options.kill} times, same bytes: {figures['resumed']['same_bytes']}")
+        figures["resumed"] = resumed(options, arguments, out, log, run, figures["sha256"])
     setup = {
         "shape": options.shape,
         "layers": config.num_layers,
