@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from quantize_cost import StageClock, checkpoint_bytes, to_bf16, write_checkpoint
+from quantize_cost import StageClock, checkpoint_bytes
+from random_checkpoint import to_bf16, write_checkpoint
 
 from taper.formats.huggingface import HfCheckpoint
 from taper.quantize.calibrate import sample_tokens
