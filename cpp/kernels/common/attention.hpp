@@ -54,9 +54,12 @@ TAPER_INLINE inline void score_blocks(const float* q, const T* keys, int64_t dim
   });
 }
 
-// Registers of sums that each of some heads gets: a multiply-add takes four cycles, so that two ports want eight at once.
+// Registers of sums that each of some heads gets: a multiply-add takes four cycles, so that two ports want eight at
+// once.
 template <class V, int kHeads>
-inline constexpr int kSumsOfHead = V::kSums / kHeads > 8 ? 8 : V::kSums / kHeads > 0 ? V::kSums / kHeads : 1;
+inline constexpr int kSumsOfHead = V::kSums / kHeads > 8   ? 8
+                                   : V::kSums / kHeads > 0 ? V::kSums / kHeads
+                                                           : 1;
 
 // Runs body.template operator()<n>(i) over [0, count) in steps of n: kMost, then half of it, and so on down to one.
 template <int kMost, class Body>
