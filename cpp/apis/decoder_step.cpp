@@ -167,7 +167,7 @@ class Step final : public Program {
   // Pieces of [0, rows), of which each stands for `matrices` rows of the weights.
   int64_t begin_multiply(int64_t rows, int64_t matrices = 1) {
     const int64_t input_rows = rows_ * (work_.input.wide() ? 2 : 1), cols = weights_.cols * matrices;
-    const MatmulPlan plan = plan_matmul(rows, cols, weights_.bits, input_rows, threads_);
+    const MatmulPlan plan = plan_matmul(rows, cols, weights_.bits, input_rows, kernels_.gemm_inputs, threads_);
     kernel_ = plan.gemm ? kernels_.planes_gemm : kernels_.planes_gemv;
     return split(rows, plan.rows);
   }

@@ -109,8 +109,9 @@ void PlanedMatrix::matmul(const Activations& activations, int bits, const float*
   const PlanesView& weights = view(bits);
   require(activations.cols() == cols_, "activations have ", activations.cols(), " columns, the matrix has ", cols_);
   const int64_t input_rows = activations.tokens() * (activations.wide() ? 2 : 1);
-  const MatmulPlan plan = plan_matmul(weights.rows, cols_, bits, input_rows, num_threads());
-  const auto kernel = plan.gemm ? kernels().planes_gemm : kernels().planes_gemv;
+  const Kernels& table = kernels();
+  const MatmulPlan plan = plan_matmul(weights.rows, cols_, bits, input_rows, table.gemm_inputs, num_threads());
+  const auto kernel = plan.gemm ? table.planes_gemm : table.planes_gemv;
   const ActivationsView inputs = activations.view();
   const OutputView output{out, residual};
   parallel_for(weights.rows, plan.rows.chunk, plan.rows.threads,

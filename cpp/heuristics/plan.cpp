@@ -5,10 +5,6 @@
 namespace taper {
 namespace {
 
-// From five tokens on the tile kernel wins at every width but 2 bits, where both take the same time
-// (AVX-512, 512 x 2048 at 4 bits: 4 tokens 26 against 34 us, 5 tokens 42 against 39 us; AVX2 changes sides there too).
-constexpr int64_t kGemmTokens = 5;
-
 // AVX-512 on cached planes: 512 x 2048 weights take 10 / 16 / 22 us at 2 / 4 / 6 bits, and 4.2 us more for each token.
 constexpr int64_t kPsPerBit = 3;
 constexpr int64_t kPsPerToken = 4;
@@ -18,7 +14,8 @@ constexpr int64_t kPsPerThread = 1'500'000;
 
 // Chunks a thread: more even out a core that is taken away, fewer cost less at the shared counter.
 constexpr int64_t kChunksPerThread = 8;
-constexpr int64_t kRowAlignment = 16;  // output rows of one cache line
+constexpr int64_t kRowAlignment = 16;   // output rows of one cache line
+constexpr int64_t kGemmAlignment = 32;  // rows that a matrix kernel multiplies together
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -28,10 +25,12 @@ int threads_for(int64_t ps, int max_threads) {
 
 }  // namespace
 
-MatmulPlan plan_matmul(int64_t rows, int64_t cols, int bits, int64_t inputs, int max_threads) {
+MatmulPlan plan_matmul(int64_t rows, int64_t cols, int bits, int64_t inputs, int64_t gemm_inputs, int max_threads) {
   const int threads = threads_for(rows * cols * (kPsPerBit * bits + kPsPerToken * inputs), max_threads);
   const int64_t even = ceil_div(rows, threads * kChunksPerThread);
-  return {inputs >= kGemmTokens, {threads, ceil_div(even, kRowAlignment) * kRowAlignment}};
+  const bool gemm = inputs >= gemm_inputs;
+  const int64_t alignment = gemm ? kGemmAlignment : kRowAlignment;
+  return {gemm, {threads, ceil_div(even, alignment) * alignment}};
 }
 
 Plan plan_items(int64_t items, int64_t ps_each, int max_threads) {

@@ -15,8 +15,8 @@ struct MatmulPlan {
   Plan rows;
 };
 
-// inputs: int8 rows of activations, two for each token whose activations are wide.
-MatmulPlan plan_matmul(int64_t rows, int64_t cols, int bits, int64_t inputs, int max_threads);
+// inputs: int8 rows of activations, two for each token whose activations are wide; gemm_inputs: that of the kernels.
+MatmulPlan plan_matmul(int64_t rows, int64_t cols, int bits, int64_t inputs, int64_t gemm_inputs, int max_threads);
 
 // Of attention, for each query head, entry and element of a head: keys and values together, AVX-512.
 constexpr int64_t kPsPerProduct = 60;

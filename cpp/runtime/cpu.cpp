@@ -6,6 +6,11 @@
 
 #include <cstdint>
 
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace taper {
 namespace {
 
@@ -13,6 +18,7 @@ struct Features {
   uint32_t leaf1_ecx = 0;
   uint32_t leaf7_ebx = 0;
   uint32_t leaf7_ecx = 0;
+  uint32_t leaf7_edx = 0;
   uint64_t xcr0 = 0;  // register files that the operating system saves
 };
 
@@ -31,6 +37,7 @@ Features read_features() {
   if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) {
     found.leaf7_ebx = ebx;
     found.leaf7_ecx = ecx;
+    found.leaf7_edx = edx;
   }
   return found;
 }
@@ -41,6 +48,16 @@ const Features& features() {
 }
 
 bool has(uint64_t value, uint64_t wanted) { return (value & wanted) == wanted; }
+
+// Linux saves the 8 KiB of tiles only for processes that asked; threads, also those there are already, inherit it.
+bool may_use_tiles() {
+#if defined(__linux__)
+  constexpr long kArchReqXcompPerm = 0x1023, kXtiledata = 18;
+  return syscall(SYS_arch_prctl, kArchReqXcompPerm, kXtiledata) == 0;
+#else
+  return false;
+#endif
+}
 
 }  // namespace
 
@@ -60,6 +77,15 @@ bool cpu_has_avx512() {
          has(f.leaf7_ecx, vbmi | vbmi2 | gfni | vnni);
 }
 
+bool cpu_has_amx() {
+  const Features& f = features();
+  const uint64_t tile_state = 0x60000;  // configuration and data
+  const uint32_t tile = 1u << 24, int8 = 1u << 25;
+  if (!cpu_has_avx512() || !has(f.xcr0, tile_state) || !has(f.leaf7_edx, tile | int8)) return false;
+  static const bool granted = may_use_tiles();
+  return granted;
+}
+
 }  // namespace taper
 
 #else
@@ -68,6 +94,7 @@ namespace taper {
 
 bool cpu_has_avx2() { return false; }
 bool cpu_has_avx512() { return false; }
+bool cpu_has_amx() { return false; }
 
 }  // namespace taper
 

@@ -17,6 +17,8 @@ const Kernels* avx2_kernels() { return nullptr; }
 #endif
 #if !defined(TAPER_HAS_AVX512)
 const Kernels* avx512_kernels() { return nullptr; }
+const Kernels* amx_kernels() { return nullptr; }
+const Kernels* amx_emulated_kernels() { return nullptr; }
 #endif
 
 namespace {
@@ -25,6 +27,7 @@ struct InstructionSet {
   const char* name;
   const Kernels* (*table)();
   bool (*cpu_has_it)();
+  bool only_for_tests = false;  // runs when it is named, and is neither listed nor chosen
 };
 
 bool always() { return true; }
@@ -36,12 +39,14 @@ constexpr InstructionSet kSets[] = {
     {"neon_i8mm", neon_i8mm_kernels, cpu_has_neon_i8mm},
     {"avx2", avx2_kernels, cpu_has_avx2},
     {"avx512", avx512_kernels, cpu_has_avx512},
+    {"amx", amx_kernels, cpu_has_amx},
+    {"amx_emulated", amx_emulated_kernels, cpu_has_avx512, true},
 };
 
 const Kernels* find(const std::string& name) {
   std::string known;
   for (const InstructionSet& set : kSets) {
-    known += (known.empty() ? "" : ", ") + std::string(set.name);
+    if (!set.only_for_tests) known += (known.empty() ? "" : ", ") + std::string(set.name);
     if (name != set.name) continue;
     if (set.table() == nullptr) throw std::invalid_argument("instruction set " + name + " is not in this build");
     if (!set.cpu_has_it()) throw std::invalid_argument("this processor lacks instruction set " + name);
@@ -73,7 +78,7 @@ void use_isa(const std::string& name) { in_use.store(find(name), std::memory_ord
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
   for (const InstructionSet& set : kSets) {
-    if (set.table() != nullptr && set.cpu_has_it()) names.emplace_back(set.name);
+    if (!set.only_for_tests && set.table() != nullptr && set.cpu_has_it()) names.emplace_back(set.name);
   }
   return names;
 }

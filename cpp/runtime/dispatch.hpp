@@ -15,7 +15,7 @@ const Kernels& kernels();
 // Switches the table. Throws std::invalid_argument for an unknown name or a set that cannot run here.
 void use_isa(const std::string& name);
 
-// Names that can run here, plainest first.
+// Names that can run here, plainest first. Not those that are only for tests.
 std::vector<std::string> available_isas();
 
 }  // namespace taper

@@ -189,7 +189,7 @@ void check_planes(const PlanesCase& c, bool largest = false) {
 void check_all_planes() {
   for (const int64_t cols : {64, 128, 192, 256, 320, 448, 512, 576, 1088}) {
     for (int bits = 1; bits <= kMaxBits; ++bits) {
-      for (const int64_t tokens : {1, 2, 3, 4, 5, 7, 8, 9, 13, 17}) {
+      for (const int64_t tokens : {1, 2, 3, 4, 5, 7, 8, 9, 13, 17, 33}) {
         const int64_t rows = 1 + static_cast<int64_t>(random_bits() % 22);
         for (const bool wide : {false, true}) {
           check_planes({rows, cols, bits, tokens, false, false, wide});

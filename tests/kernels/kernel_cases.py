@@ -12,7 +12,17 @@ from numpy.typing import NDArray
 
 from taper import kernels
 
-ISAS = kernels.available_isas()
+
+def _runs_here(isa: str) -> bool:
+    try:
+        with kernels.use_isa(isa):
+            return True
+    except ValueError:
+        return False
+
+
+# amx_emulated is never chosen by itself: the AMX kernel with its tile instructions in plain code.
+ISAS = [*kernels.available_isas(), *filter(_runs_here, ["amx_emulated"])]
 
 # One lane group and its neighbours, lengths that are no multiple of 64, and the models' real widths.
 WIDTHS = (1, 3, 15, 16, 17, 40, 64, 172, 192, 448, 576, 768, 2048, 5632)

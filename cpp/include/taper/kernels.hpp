@@ -94,7 +94,8 @@ struct Kernels {
   const char* name;
 
   // out rows [row_begin, row_end) for every token. gemv is meant for few tokens (unpacks in registers), gemm for many
-  // (unpacks a tile of rows once). Both give the same bytes.
+  // (unpacks a tile of rows once): from `gemm_inputs` int8 rows of activations on. Both give the same bytes.
+  int64_t gemm_inputs;
   void (*planes_gemv)(const PlanesView&, const ActivationsView&, const OutputView&, int64_t row_begin, int64_t row_end);
   void (*planes_gemm)(const PlanesView&, const ActivationsView&, const OutputView&, int64_t row_begin, int64_t row_end);
   // One row's values of `table` in column order: out (cols).
@@ -124,5 +125,7 @@ const Kernels* neon_kernels();
 const Kernels* neon_i8mm_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
+const Kernels* amx_kernels();
+const Kernels* amx_emulated_kernels();
 
 }  // namespace taper

@@ -5,6 +5,7 @@ namespace taper {
 const Kernels* reference_kernels() {
   static constexpr Kernels table = {
       "reference",
+      1,  // both are the same
       reference::planes_gemv,
       reference::planes_gemm,
       reference::planes_unpack,
