@@ -137,6 +137,18 @@ def test_matmul(seed, out, width, tokens, parent_bits, rich, num_threads):
                     assert_same_bits(planes.matmul(x, bits, residual), expected)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_every_small_batch(isa, bits):
+    """Kernels are compiled for numbers of tokens up to 8, and begin again from there."""
+    matrix = Matrix.random(bits, 21, 1984, range(bits, bits + 1), level_rows=False, bias=True)
+    planes, x = matrix.native(), rows(3, 18, 1984)
+    with kernels.use_isa(isa):
+        for tokens in range(1, 19):
+            some = kernels.prepare(x[:tokens], cols=1984, signs=None, block=1)
+            assert_same_bits(planes.matmul(some, bits), matrix.expected(some, bits, None))
+
+
 @settings(max_examples=80, deadline=None)
 @given(
     seeds,

@@ -1,4 +1,4 @@
-// Matrix times a few tokens: weights are unpacked in registers, once for up to four rows of activations. The two parts
+// Matrix times a few tokens: weights are unpacked in registers, once for up to eight rows of activations. The two parts
 // of a wide activation are two such rows; wide values go over the planes, which are in L1 then, with each of their
 // tables.
 #include "rows.hpp"
@@ -7,9 +7,40 @@
 namespace taper::avx512 {
 namespace {
 
-constexpr int kMaxInputs = 4;  // 4 rows x 4 inputs of sums leave half of the registers for unpacking
-// Memory latency is ~240 ns on large servers; 15 GB/s a core then needs 3.6 KB in flight over all streams together.
-constexpr int64_t kPrefetchBytes = 2048;
+constexpr int kMaxInputs = 8;      // 2 rows x 8 inputs of sums leave half of the registers for unpacking
+constexpr int64_t kRowBlock = 16;  // stays in cache while more tokens than fit at once pass over it
+
+// Bytes ahead in each plane, into L2: 4 KB in flight over all planes, what 15 GB/s a core and a latency of 240 ns need.
+// Measured on Zen 4 (5632 x 2048, cold, one thread), where longer distances and L1 cost more than they bring: at 4 bits
+// 25.4 GB/s, 2 KB into L1 20.3, none 24.9. Two planes want the page after next begun: 22.7 GB/s, 2 KB 16.6, none 19.5.
+template <int kBits>
+constexpr int64_t kPrefetchBytes = kBits <= 2 ? 4096 : 4096 / kBits / 64 * 64;
+
+template <int kBits>
+TAPER_INLINE inline void prefetch(const uint8_t* line) {
+  _mm_prefetch(line + kPrefetchBytes<kBits>, _MM_HINT_T1);
+}
+
+// Calls f.template operator()<inputs>() for 1..kMaxInputs rows of activations; seven run as eight, the last repeated.
+template <class F>
+TAPER_INLINE inline void with_inputs(int inputs, F f) {
+  switch (inputs) {
+    case 1:
+      return f.template operator()<1>();
+    case 2:
+      return f.template operator()<2>();
+    case 3:
+      return f.template operator()<3>();
+    case 4:
+      return f.template operator()<4>();
+    case 5:
+      return f.template operator()<5>();
+    case 6:
+      return f.template operator()<6>();
+    default:
+      return f.template operator()<kMaxInputs>();
+  }
+}
 
 // Rows row .. row + 3 for 1..kMaxInputs rows of activations (inputs). Only the blocks of 512 columns, and of rows with
 // tables of their own, are compiled for a number of inputs.
@@ -37,8 +68,9 @@ class RowQuad {
   // Rows past the count repeat the last one.
   void run(int64_t row, int count) const {
     if (parts_ == 2 || w_.low_table != nullptr || w_.table_stride != 0) return run_parts(row, count);
-    shared_table(lookup_, row, count,
-                 [&](int i, __m128i sums) { store_rows(w_, x_, y_, token_ + i, row, count, sums); });
+    __m128i sums[kMaxInputs];
+    shared_table(lookup_, row, count, sums);
+    for (int i = 0; i < inputs_; ++i) store_rows(w_, x_, y_, token_ + i, row, count, sums[i]);
   }
 
  private:
@@ -55,8 +87,7 @@ class RowQuad {
       if (w_.table_stride != 0) {
         own_tables(row, count, sums[v]);
       } else {
-        const Lookup lookup(v == 0 ? w_.table : w_.low_table, kSignFlip);
-        shared_table(lookup, row, count, [&](int i, __m128i sum) { sums[v][i] = sum; });
+        shared_table(Lookup(v == 0 ? w_.table : w_.low_table, kSignFlip), row, count, sums[v]);
       }
     }
     for (int i = 0; i < inputs_; i += parts_) {
@@ -68,31 +99,46 @@ class RowQuad {
     }
   }
 
-  // Calls store(i, sums of the rows with input i).
-  template <class Store>
-  TAPER_INLINE void shared_table(const Lookup& lookup, int64_t row, int count, Store store) const {
+  // sums[i]: of the rows with input i.
+  [[gnu::noinline]] void shared_table(const Lookup& lookup, int64_t row, int count, __m128i* sums) const {
     int64_t at[kRows];
     for (int r = 0; r < kRows; ++r) at[r] = (row + std::min(r, count - 1)) * stride_;
-    __m512i lanes[kRows][kMaxInputs];
-    for (int r = 0; r < kRows; r += kRowsAtOnce) blocks_512(lookup, at + r, lanes + r);
+    with_inputs(inputs_, [&]<int kInputs>() TAPER_INLINE {
+      __m512i lanes[kRows][kInputs], quad[kInputs];
+      unroll<kRows / kRowsAtOnce>(
+          [&](auto i) TAPER_INLINE { blocks_512<kInputs>(lookup, at + kRowsAtOnce * i, lanes + kRowsAtOnce * i); });
+      if (w_.cols % 512 == 0) {
+        unroll<kInputs>([&](auto t) TAPER_INLINE {
+          quad[t] = fold_quad(fold_pair(lanes[0][t], lanes[1][t]), fold_pair(lanes[2][t], lanes[3][t]));
+          sums[t] = fold_last(fold_halves(quad[t]));
+        });
+        return;
+      }
+      __m512i pairs[kInputs][2];
+      unroll<kInputs>([&](auto t) TAPER_INLINE {
+        pairs[t][0] = fold_pair(lanes[0][t], lanes[1][t]);
+        pairs[t][1] = fold_pair(lanes[2][t], lanes[3][t]);
+      });
+      tail(lookup, at, pairs, quad, sums);
+    });
+  }
+
+  // The blocks of 256, 128 and 64 columns.
+  [[gnu::noinline]] void tail(const Lookup& lookup, const int64_t* at, __m512i (*pairs)[2], __m512i* quad,
+                              __m128i* sums) const {
     int64_t column = w_.cols / 512 * 512;
-    __m512i pairs[kMaxInputs][2], quad[kMaxInputs][1];
-    for (int t = 0; t < inputs_; ++t) {
-      pairs[t][0] = fold_pair(lanes[0][t], lanes[1][t]);
-      pairs[t][1] = fold_pair(lanes[2][t], lanes[3][t]);
-    }
     if (w_.cols & 256) {
       block_256(lookup, at, column, pairs);
       column += 256;
     }
-    for (int t = 0; t < inputs_; ++t) quad[t][0] = fold_quad(pairs[t][0], pairs[t][1]);
+    for (int t = 0; t < inputs_; ++t) quad[t] = fold_quad(pairs[t][0], pairs[t][1]);
     if (w_.cols & 128) {
       block_128(lookup, at, column, quad);
       column += 128;
     }
-    for (int t = 0; t < inputs_; ++t) quad[t][0] = fold_halves(quad[t][0]);
+    for (int t = 0; t < inputs_; ++t) quad[t] = fold_halves(quad[t]);
     if (w_.cols & 64) block_64(lookup, at, column, quad);
-    for (int t = 0; t < inputs_; ++t) store(t, fold_last(quad[t][0]));
+    for (int t = 0; t < inputs_; ++t) sums[t] = fold_last(quad[t]);
   }
 
   // Each row by itself, its last blocks behind a mask: rows with different tables cannot share a register.
@@ -103,6 +149,8 @@ class RowQuad {
       const Lookup lookup(w_.table + n * w_.table_stride, kSignFlip);
       if (inputs_ == 1) {
         own_table<1>(lookup, n * stride_, lanes[r]);
+      } else if (inputs_ <= 4) {
+        own_table<4>(lookup, n * stride_, lanes[r]);
       } else {
         own_table<kMaxInputs>(lookup, n * stride_, lanes[r]);
       }
@@ -115,14 +163,14 @@ class RowQuad {
 
   template <int kInputs>
   void own_table(const Lookup& lookup, int64_t at, __m512i* lanes) const {
-    constexpr int kChains = kInputs == 1 ? 4 : 1;  // see blocks_512_of
+    constexpr int kChains = kInputs == 1 ? 4 : 1;  // see blocks_512
     __m512i acc[kChains][kInputs] = {};
     int64_t column = 0;
     auto block = [&](int64_t width, __mmask64 mask) TAPER_INLINE {
       __m512i p[kBits];
       unroll<kBits>([&](auto k) TAPER_INLINE {
         const uint8_t* line = planes_[k] + at + column / 8;
-        _mm_prefetch(line + kPrefetchBytes, _MM_HINT_T0);
+        prefetch<kBits>(line);
         p[k] = _mm512_maskz_loadu_epi8(mask, line);
       });
       const Fields fields = lookup.gather(p);
@@ -145,21 +193,9 @@ class RowQuad {
     });
   }
 
-  // Three inputs run as four, of which the last repeats.
-  TAPER_INLINE void blocks_512(const Lookup& lookup, const int64_t* at, __m512i (*lanes)[kMaxInputs]) const {
-    switch (inputs_) {
-      case 1:
-        return blocks_512_of<1>(lookup, at, lanes);
-      case 2:
-        return blocks_512_of<2>(lookup, at, lanes);
-      default:
-        return blocks_512_of<kMaxInputs>(lookup, at, lanes);
-    }
-  }
-
   // Blocks of 512 columns of kRowsAtOnce rows.
   template <int kInputs>
-  TAPER_INLINE void blocks_512_of(const Lookup& lookup, const int64_t* at, __m512i (*lanes)[kMaxInputs]) const {
+  TAPER_INLINE void blocks_512(const Lookup& lookup, const int64_t* at, __m512i (*lanes)[kInputs]) const {
     // A chain of eight vpdpbusd takes 40 cycles, the vector work of a block 9 (one row and input) to 46 (two, four).
     constexpr int kChains = kRowsAtOnce * kInputs <= 1 ? 4 : kRowsAtOnce * kInputs <= 4 ? 2 : 1;
     __m512i acc[kChains][kInputs][kRowsAtOnce] = {};
@@ -169,7 +205,7 @@ class RowQuad {
         __m512i p[kBits];
         unroll<kBits>([&](auto k) TAPER_INLINE {
           const uint8_t* line = planes_[k] + at[r] + column / 8;
-          _mm_prefetch(line + kPrefetchBytes, _MM_HINT_T0);
+          prefetch<kBits>(line);
           p[k] = _mm512_loadu_si512(line);
         });
         fields[r] = lookup.gather(p);
@@ -199,20 +235,20 @@ class RowQuad {
   void block_256(const Lookup& lookup, const int64_t* at, int64_t column, __m512i (*acc)[2]) const {
     auto load = [&](const uint8_t* plane, int i) TAPER_INLINE {
       plane += column / 8;
-      _mm_prefetch(plane + at[2 * i] + kPrefetchBytes, _MM_HINT_T0);
+      prefetch<kBits>(plane + at[2 * i]);
       const __m512i low = _mm512_castsi256_si512(load_256(plane + at[2 * i]));
       return _mm512_inserti64x4(low, load_256(plane + at[2 * i + 1]), 1);
     };
-    multiply<2>(lookup, acc, load, [&](const int8_t* q, int g) TAPER_INLINE {
+    multiply<2>(lookup, acc[0], load, [&](const int8_t* q, int g) TAPER_INLINE {
       return _mm512_broadcast_i64x4(load_256(q + column + 32 * g));
     });
   }
 
   // Four rows share a register.
-  void block_128(const Lookup& lookup, const int64_t* at, int64_t column, __m512i (*acc)[1]) const {
+  void block_128(const Lookup& lookup, const int64_t* at, int64_t column, __m512i* acc) const {
     auto load = [&](const uint8_t* plane, int) TAPER_INLINE {
       plane += column / 8;
-      _mm_prefetch(plane + at[0] + kPrefetchBytes, _MM_HINT_T0);
+      prefetch<kBits>(plane + at[0]);
       const __m256i low = _mm256_castsi128_si256(load_128(plane + at[0]));
       const __m256i high = _mm256_castsi128_si256(load_128(plane + at[2]));
       return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_inserti128_si256(low, load_128(plane + at[1]), 1)),
@@ -224,10 +260,10 @@ class RowQuad {
   }
 
   // Four rows share the lower half of a register.
-  void block_64(const Lookup& lookup, const int64_t* at, int64_t column, __m512i (*acc)[1]) const {
+  void block_64(const Lookup& lookup, const int64_t* at, int64_t column, __m512i* acc) const {
     auto load = [&](const uint8_t* plane, int) TAPER_INLINE {
       plane += column / 8;
-      _mm_prefetch(plane + at[0] + kPrefetchBytes, _MM_HINT_T0);
+      prefetch<kBits>(plane + at[0]);
       return _mm512_castsi256_si512(_mm256_setr_epi64x(load_64(plane + at[0]), load_64(plane + at[1]),
                                                        load_64(plane + at[2]), load_64(plane + at[3])));
     };
@@ -235,9 +271,10 @@ class RowQuad {
                 [&](const int8_t* q, int g) TAPER_INLINE { return _mm512_set1_epi64(load_64(q + column + 8 * g)); });
   }
 
-  // One block: kCount registers of every plane, load_plane(plane, i), times group g of each token, load_q(q, g).
+  // One block: kCount registers of every plane, load_plane(plane, i), times group g of each input, load_q(q, g), added
+  // to acc[kCount * input + i].
   template <int kCount, class LoadPlane, class LoadQ>
-  TAPER_INLINE void multiply(const Lookup& lookup, __m512i (*acc)[kCount], LoadPlane load_plane, LoadQ load_q) const {
+  TAPER_INLINE void multiply(const Lookup& lookup, __m512i* acc, LoadPlane load_plane, LoadQ load_q) const {
     __m512i weights[kCount][kGroups];
     for (int i = 0; i < kCount; ++i) {
       __m512i p[kBits];
@@ -248,7 +285,9 @@ class RowQuad {
     for (int t = 0; t < inputs_; ++t) {
       for (int g = 0; g < kGroups; ++g) {
         const __m512i q = load_q(q_[t], g);
-        for (int i = 0; i < kCount; ++i) acc[t][i] = _mm512_dpbusd_epi32(acc[t][i], weights[i][g], q);
+        for (int i = 0; i < kCount; ++i) {
+          acc[kCount * t + i] = _mm512_dpbusd_epi32(acc[kCount * t + i], weights[i][g], q);
+        }
       }
     }
   }
@@ -274,10 +313,15 @@ class RowQuad {
 void planes_gemv(const PlanesView& w, const ActivationsView& x, const OutputView& y, int64_t row_begin,
                  int64_t row_end) {
   with_bits(w.bits, [&]<int kBits>() {
-    for (int64_t token = 0; token < x.tokens; token += RowQuad<kBits>::tokens_at_once(x)) {
-      const RowQuad<kBits> quad(w, x, y, token);
-      for (int64_t row = row_begin; row < row_end; row += kRows) {
-        quad.run(row, static_cast<int>(std::min<int64_t>(kRows, row_end - row)));
+    const int64_t at_once = RowQuad<kBits>::tokens_at_once(x);
+    const int64_t block = x.tokens <= at_once ? row_end - row_begin : kRowBlock;
+    for (int64_t begin = row_begin; begin < row_end; begin += block) {
+      const int64_t end = std::min(begin + block, row_end);
+      for (int64_t token = 0; token < x.tokens; token += at_once) {
+        const RowQuad<kBits> quad(w, x, y, token);
+        for (int64_t row = begin; row < end; row += kRows) {
+          quad.run(row, static_cast<int>(std::min<int64_t>(kRows, end - row)));
+        }
       }
     }
   });
