@@ -79,6 +79,25 @@ def test_bench_of_a_verification_reads_the_weights_once(taper, model):
     assert five["bytes_per_token"] < one["bytes_per_token"] / 4
 
 
+def test_bench_says_where_the_time_goes(taper, model):
+    options = ("--bits", "4", "--prompt", "0", "--generate", "8", "--repeat", "1", "--stages", "--json")
+    (row,) = json.loads(taper("bench", model, *options).out)["rows"]
+    assert {"qkv", "attention", "down", "head", "rest"} <= set(row["stages"])
+    assert sum(row["stages"].values()) == pytest.approx(1)
+    (plain,) = json.loads(taper("bench", model, *(word for word in options if word != "--stages")).out)[
+        "rows"
+    ]
+    assert plain["stages"] == {}
+
+
+def test_bench_decodes_several_sequences_together(taper, model):
+    options = ("--bits", "4", "--prompt", "0", "--generate", "4", "--batch", "1,3", "--repeat", "1", "--json")
+    one, three = json.loads(taper("bench", model, *options).out)["rows"]
+    assert (one["test"], three["test"]) == ("tg4", "tg4 x3")
+    assert three["num_tokens"] == 3 * one["num_tokens"]
+    assert three["bytes_per_token"] < one["bytes_per_token"] / 2
+
+
 def test_bench_under_a_policy(taper, model):
     policy = "progressive:4@0,3@2,2@3"
     options = ("--policy", policy, "--prompt", "0", "--generate", "4", "--repeat", "1", "--json")

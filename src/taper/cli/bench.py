@@ -61,6 +61,7 @@ class Plan:
         batches: sequences that decode together.
         verify: tokens of one pass that returns the logits of all of them.
         repeat: repetitions after a warm-up.
+        stages: whether another repetition, not counted, measures what the time goes to.
     """
 
     policies: tuple[PrecisionPolicy, ...]
@@ -70,6 +71,7 @@ class Plan:
     batches: tuple[int, ...]
     verify: tuple[int, ...]
     repeat: int
+    stages: bool
 
     @property
     def max_tokens(self) -> int:
@@ -93,6 +95,8 @@ class Row:
         bytes_per_token: weights and KV entries read, mean over the tokens.
         gb_per_s: bytes_per_token * tokens_per_s / 1e9.
         seconds: of each repetition.
+        stages: share of a repetition's time by stage of the step, `rest` being what comes around the native
+            call; empty where it was not asked for.
     """
 
     test: str
@@ -104,6 +108,7 @@ class Row:
     bytes_per_token: float
     gb_per_s: float
     seconds: tuple[float, ...]
+    stages: dict[str, float]
 
 
 @click.command("bench")
@@ -126,6 +131,7 @@ class Row:
 @click.option(
     "--repeat", type=click.IntRange(1), default=5, show_default=True, help="Repetitions after a warm-up."
 )
+@click.option("--stages", is_flag=True, help="Also say what the time of a pass goes to.")
 @threads_option
 @json_option
 def command(
@@ -158,6 +164,8 @@ def command(
             click.echo(f"{row.test} at {row.bits:.3g} bits: {row.tokens_per_s:.1f} tok/s", err=True)
     if not as_json:
         click.echo(_text(rows))
+        for row in rows if plan.stages else ():
+            click.echo(f"{row.test} at {row.bits:.3g} bits: {_stages_text(row.stages)}")
     click.echo(json.dumps(_report(file.path.name, file.file_bytes, rows)))
 
 
@@ -195,12 +203,12 @@ def measure(decoder: Decoder, plan: Plan) -> Iterator[Row]:
         for depth in plan.depths:
             reader = _Reader(decoder, policy, depth)
             if plan.prompt:
-                yield _row(f"pp{plan.prompt}", reader, reader.prefill(plan.prompt), plan.repeat)
+                yield _row(f"pp{plan.prompt}", reader, reader.prefill(plan.prompt), plan)
             for batch in plan.batches if plan.generate else ():
                 test = f"tg{plan.generate}" + (f" x{batch}" if batch > 1 else "")
-                yield _row(test, reader, reader.decode(plan.generate, batch), plan.repeat)
+                yield _row(test, reader, reader.decode(plan.generate, batch), plan)
             for count in plan.verify:
-                yield _row(f"vf{count}", reader, reader.verify(count), plan.repeat)
+                yield _row(f"vf{count}", reader, reader.verify(count), plan)
 
 
 @dataclass(slots=True)
@@ -321,10 +329,10 @@ class _Reader:
         return np.random.default_rng(_SEED).integers(0, vocab_size, num_tokens, dtype=np.int32)
 
 
-def _row(test: str, reader: _Reader, run: Callable[[], _Work], repeat: int) -> Row:
+def _row(test: str, reader: _Reader, run: Callable[[], _Work], plan: Plan) -> Row:
     work = run()
     seconds = []
-    for _ in range(repeat):
+    for _ in range(plan.repeat):
         begin = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - begin)
@@ -339,7 +347,23 @@ def _row(test: str, reader: _Reader, run: Callable[[], _Work], repeat: int) -> R
         bytes_per_token=work.num_bytes / work.num_tokens,
         gb_per_s=work.num_bytes / median / 1e9,
         seconds=tuple(seconds),
+        stages=_stages(reader.decoder, run) if plan.stages else {},
     )
+
+
+def _stages(decoder: Decoder, run: Callable[[], _Work]) -> dict[str, float]:
+    """Shares of one repetition's time, by stage, largest first."""
+    decoder.times = {}
+    begin = time.perf_counter_ns()
+    run()
+    total = time.perf_counter_ns() - begin
+    times, decoder.times = decoder.times, None
+    times["rest"] = total - sum(times.values())
+    return {name: ns / total for name, ns in sorted(times.items(), key=lambda item: -item[1])}
+
+
+def _stages_text(stages: dict[str, float]) -> str:
+    return ", ".join(f"{name} {share:.1%}" for name, share in stages.items())
 
 
 def _report(name: str, file_bytes: int, rows: list[Row]) -> dict[str, Any]:
