@@ -2,9 +2,9 @@
 
 namespace taper {
 
-// Zen 4, 512 x 2048 at 4 bits: 8 tokens 55 us with gemv, 65 with gemm; 10 tokens 73 with both; 16 tokens 110 and 101.
-// At 2 bits they meet at 16, at 8 bits at 5.
-static constexpr int64_t kGemmInputs = 10;
+// Cold, 5632 x 2048 at 4 bits, Zen 4, two threads: 8 tokens 314 us with gemv and 471 with gemm, 16 tokens 596 and 689.
+// Warm, 512 x 2048, they meet at 10 tokens, at 2 bits at 16, at 8 bits at 5; but a decode step's planes are cold.
+static constexpr int64_t kGemmInputs = 17;
 
 const Kernels* avx512_kernels() {
   static constexpr Kernels table = {
