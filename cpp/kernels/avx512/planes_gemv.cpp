@@ -16,9 +16,11 @@ constexpr int64_t kRowBlock = 16;  // stays in cache while more tokens than fit 
 template <int kBits>
 constexpr int64_t kPrefetchBytes = kBits <= 2 ? 4096 : 4096 / kBits / 64 * 64;
 
+// The nearest place ahead that is read as many steps later, whichever of the rows read together (group_bytes) asks.
 template <int kBits>
-TAPER_INLINE inline void prefetch(const uint8_t* line) {
-  _mm_prefetch(line + kPrefetchBytes<kBits>, _MM_HINT_T1);
+int64_t prefetch_distance(int64_t group_bytes) {
+  constexpr int64_t kBytes = kPrefetchBytes<kBits>;
+  return group_bytes <= 2 * kBytes ? std::max<int64_t>(1, kBytes / group_bytes) * group_bytes : kBytes / 2;
 }
 
 // Calls f.template operator()<inputs>() for 1..kMaxInputs rows of activations; seven run as eight, the last repeated.
@@ -55,6 +57,7 @@ class RowQuad {
         parts_(x.low == nullptr ? 1 : 2),
         inputs_(parts_ * static_cast<int>(std::min<int64_t>(tokens_at_once(x), x.tokens - token))),
         stride_(w.cols / 8),
+        distance_(prefetch_distance<kBits>(kRowsAtOnce * stride_)),
         lookup_(w.table, kSignFlip) {
     std::copy(w.planes, w.planes + kBits, planes_);
     for (int i = 0; i < kMaxInputs; ++i) {
@@ -65,8 +68,19 @@ class RowQuad {
 
   static int tokens_at_once(const ActivationsView& x) { return x.low == nullptr ? kMaxInputs : kMaxInputs / 2; }
 
-  // Rows past the count repeat the last one.
-  void run(int64_t row, int count) const {
+  // Asks for what the first prefetches of rows row .. end - 1 are too late for.
+  void begin(int64_t row, int64_t end) const {
+    const int64_t bytes = std::min(distance_, (end - row) * stride_);
+    for (int64_t at = 0; at < bytes; at += 64) {
+      for (const uint8_t* plane : planes_) _mm_prefetch(plane + row * stride_ + at, _MM_HINT_T1);
+    }
+  }
+
+  // The first four of the rows row .. end - 1; where there are fewer, the last one repeats. Nothing past them is
+  // prefetched: another thread has it, and 8 KB in vain are an eighth of 128 rows of 2048 columns at 2 bits.
+  void run(int64_t row, int64_t end) {
+    const int count = static_cast<int>(std::min<int64_t>(kRows, end - row));
+    ahead_ = (end - row) * stride_ > distance_ ? distance_ : 0;
     if (parts_ == 2 || w_.low_table != nullptr || w_.table_stride != 0) return run_parts(row, count);
     __m128i sums[kMaxInputs];
     shared_table(lookup_, row, count, sums);
@@ -170,7 +184,7 @@ class RowQuad {
       __m512i p[kBits];
       unroll<kBits>([&](auto k) TAPER_INLINE {
         const uint8_t* line = planes_[k] + at + column / 8;
-        prefetch<kBits>(line);
+        prefetch(line);
         p[k] = _mm512_maskz_loadu_epi8(mask, line);
       });
       const Fields fields = lookup.gather(p);
@@ -205,7 +219,7 @@ class RowQuad {
         __m512i p[kBits];
         unroll<kBits>([&](auto k) TAPER_INLINE {
           const uint8_t* line = planes_[k] + at[r] + column / 8;
-          prefetch<kBits>(line);
+          prefetch(line);
           p[k] = _mm512_loadu_si512(line);
         });
         fields[r] = lookup.gather(p);
@@ -235,7 +249,7 @@ class RowQuad {
   void block_256(const Lookup& lookup, const int64_t* at, int64_t column, __m512i (*acc)[2]) const {
     auto load = [&](const uint8_t* plane, int i) TAPER_INLINE {
       plane += column / 8;
-      prefetch<kBits>(plane + at[2 * i]);
+      prefetch(plane + at[2 * i]);
       const __m512i low = _mm512_castsi256_si512(load_256(plane + at[2 * i]));
       return _mm512_inserti64x4(low, load_256(plane + at[2 * i + 1]), 1);
     };
@@ -248,7 +262,7 @@ class RowQuad {
   void block_128(const Lookup& lookup, const int64_t* at, int64_t column, __m512i* acc) const {
     auto load = [&](const uint8_t* plane, int) TAPER_INLINE {
       plane += column / 8;
-      prefetch<kBits>(plane + at[0]);
+      prefetch(plane + at[0]);
       const __m256i low = _mm256_castsi128_si256(load_128(plane + at[0]));
       const __m256i high = _mm256_castsi128_si256(load_128(plane + at[2]));
       return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_inserti128_si256(low, load_128(plane + at[1]), 1)),
@@ -263,7 +277,7 @@ class RowQuad {
   void block_64(const Lookup& lookup, const int64_t* at, int64_t column, __m512i* acc) const {
     auto load = [&](const uint8_t* plane, int) TAPER_INLINE {
       plane += column / 8;
-      prefetch<kBits>(plane + at[0]);
+      prefetch(plane + at[0]);
       return _mm512_castsi256_si512(_mm256_setr_epi64x(load_64(plane + at[0]), load_64(plane + at[1]),
                                                        load_64(plane + at[2]), load_64(plane + at[3])));
     };
@@ -292,6 +306,8 @@ class RowQuad {
     }
   }
 
+  TAPER_INLINE void prefetch(const uint8_t* line) const { _mm_prefetch(line + ahead_, _MM_HINT_T1); }
+
   static __m256i load_256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   static __m128i load_128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
   static int64_t load_64(const void* p) { return _mm_cvtsi128_si64(_mm_loadl_epi64(static_cast<const __m128i*>(p))); }
@@ -300,9 +316,11 @@ class RowQuad {
   const ActivationsView& x_;
   const OutputView& y_;
   const int64_t token_;
-  const int parts_;       // of an activation
-  const int inputs_;      // parts_ times the tokens
-  const int64_t stride_;  // bytes between rows of a plane
+  const int parts_;         // of an activation
+  const int inputs_;        // parts_ times the tokens
+  const int64_t stride_;    // bytes between rows of a plane
+  const int64_t distance_;  // of prefetches
+  int64_t ahead_ = 0;       // distance_, or 0 near the end of the rows
   const Lookup lookup_;
   const uint8_t* planes_[kBits];
   const int8_t* q_[kMaxInputs];
@@ -318,10 +336,9 @@ void planes_gemv(const PlanesView& w, const ActivationsView& x, const OutputView
     for (int64_t begin = row_begin; begin < row_end; begin += block) {
       const int64_t end = std::min(begin + block, row_end);
       for (int64_t token = 0; token < x.tokens; token += at_once) {
-        const RowQuad<kBits> quad(w, x, y, token);
-        for (int64_t row = begin; row < end; row += kRows) {
-          quad.run(row, static_cast<int>(std::min<int64_t>(kRows, end - row)));
-        }
+        RowQuad<kBits> quad(w, x, y, token);
+        if (token == 0) quad.begin(begin, end);
+        for (int64_t row = begin; row < end; row += kRows) quad.run(row, end);
       }
     }
   });
