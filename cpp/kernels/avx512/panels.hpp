@@ -69,23 +69,23 @@ inline void unpack_quad(const PlaneLookup<kBits>& lookup, const PlanesView& w, c
   });
 }
 
-// A panel of rows that share one table. Each line of the planes is asked for one panel before its use: sixteen rows of
-// each plane are more streams than a processor follows by itself. Four rows at a time: a burst of all of them fills
-// the queue of misses.
+// A panel of rows that share one table. The next panel's planes, which lie together, are asked for meanwhile and in the
+// order of memory: 1024 weights of 4 bits took 105 cycles then, planes in cache or not (Zen 4, 23 MB of planes). Asking
+// row by row at the place in work, a stride of cols / 8 bytes, left it at 250 cycles, no better than not asking.
 template <int kBits>
 void unpack_panel(const PlaneLookup<kBits>& lookup, const PlanesView& w, const PanelRows& rows, uint8_t* panel) {
-  const int64_t panel_bytes = kPanelRows * w.cols / 8;
-  const auto prefetch = [&](int64_t line, int64_t first) {
+  int64_t ahead = rows.at[0] + kPanelRows * w.cols / 8;
+  const auto prefetch = [&](int64_t bytes) {
     for (int k = 0; k < kBits; ++k) {
-      const uint8_t* next = w.planes[k] + panel_bytes + line;
-      for (int r = 0; r < kPanelRows / 4; ++r) _mm_prefetch(next + rows.at[first + r], _MM_HINT_T1);
+      for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(w.planes[k] + ahead + i, _MM_HINT_T1);
     }
+    ahead += bytes;
   };
   int64_t column = 0;
   for (int64_t width = 512; width >= 128; width /= 2) {
     for (; column + width <= w.cols; column += width) {
       for (int byte = 0; byte < width / 8; byte += 16) {
-        prefetch(column / 8, byte / 4);
+        prefetch(16 * kPanelRows);
         unpack_quad<kBits, 16>(lookup, w, rows, column, width, byte, panel);
       }
     }
