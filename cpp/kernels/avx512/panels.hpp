@@ -77,7 +77,7 @@ void unpack_panel(const PlaneLookup<kBits>& lookup, const PlanesView& w, const P
   int64_t ahead = rows.at[0] + kPanelRows * w.cols / 8;
   const auto prefetch = [&](int64_t bytes) {
     for (int k = 0; k < kBits; ++k) {
-      for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(w.planes[k] + ahead + i, _MM_HINT_T1);
+      for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(w.planes[k] + ahead + i, _MM_HINT_T0);
     }
     ahead += bytes;
   };
