@@ -12,8 +12,9 @@ struct Vec16 {
   struct F {
     __m256 lo, hi;
   };
-  static constexpr int kHeads = 4;  // query heads that share a converted key or value, and
-  static constexpr int kSums = 6;   // pairs of registers of sums beside them
+  static constexpr int kLevels = 2;  // 2^kLevels vectors of a rotation stay in registers
+  static constexpr int kHeads = 4;   // query heads that share a converted key or value, and
+  static constexpr int kSums = 6;    // pairs of registers of sums beside them
 
   static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
   static F set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }

@@ -9,8 +9,9 @@ namespace taper::avx512 {
 
 struct Vec16 {
   using F = __m512;
-  static constexpr int kHeads = 8;  // query heads that share a converted key or value, and
-  static constexpr int kSums = 16;  // registers of sums beside them
+  static constexpr int kLevels = 4;  // 2^kLevels vectors of a rotation stay in registers
+  static constexpr int kHeads = 8;   // query heads that share a converted key or value, and
+  static constexpr int kSums = 16;   // registers of sums beside them
 
   static __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
 
@@ -55,7 +56,8 @@ struct Vec16 {
     if constexpr (S == 2) swapped = _mm512_permute_ps(x, 0x4e);
     if constexpr (S == 4) swapped = _mm512_shuffle_f32x4(x, x, 0xb1);
     if constexpr (S == 8) swapped = _mm512_shuffle_f32x4(x, x, 0x4e);
-    return _mm512_mask_sub_ps(_mm512_add_ps(x, swapped), upper, swapped, x);
+    // swapped + x or swapped - x: the product with 1 or -1 is exact, so this rounds as the sum does.
+    return _mm512_fmadd_ps(x, _mm512_mask_blend_ps(upper, _mm512_set1_ps(1), _mm512_set1_ps(-1)), swapped);
   }
 
   static float tree(F x) {

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "kernels/common/unroll.hpp"
 #include "taper/kernels.hpp"
 
 namespace taper::lanes {
@@ -94,57 +95,82 @@ inline typename V::F small_butterflies(typename V::F x, int64_t block) {
   return x;
 }
 
-// The butterflies at distances s and 2 s of a block, in one pass over memory.
+// What a rotation does before its first butterflies between groups of sixteen and after its last.
 template <class V>
-inline void two_butterflies(float* x, int64_t block, int64_t s) {
-  for (int64_t begin = 0; begin < block; begin += 4 * s) {
-    for (int64_t i = begin; i < begin + s; i += kLanes) {
-      const auto a = V::load(x + i), b = V::load(x + i + s), c = V::load(x + i + 2 * s), d = V::load(x + i + 3 * s);
-      const auto a1 = V::add(a, b), b1 = V::sub(a, b), c1 = V::add(c, d), d1 = V::sub(c, d);
-      V::store(x + i, V::add(a1, c1));
-      V::store(x + i + s, V::add(b1, d1));
-      V::store(x + i + 2 * s, V::sub(a1, c1));
-      V::store(x + i + 3 * s, V::sub(b1, d1));
+struct Ends {
+  using F = typename V::F;
+
+  F enter(F x, F sign) const { return small_butterflies<V>(inverse ? x : V::mul(x, sign), block); }
+  F leave(F x, F sign) const { return inverse ? V::mul(V::mul(x, c), sign) : V::mul(x, c); }
+
+  const float* signs;
+  int64_t block;
+  bool inverse;
+  F c;
+};
+
+// The butterflies at distances s, 2 s, .. of the block at `begin`, kLevels of them in one pass over memory.
+template <class V, int kLevels, bool kFirst, bool kLast>
+void butterflies(float* x, const Ends<V>& ends, int64_t begin, int64_t s) {
+  constexpr int kCount = 1 << kLevels;
+  for (int64_t group = begin; group < begin + ends.block; group += kCount * s) {
+    for (int64_t i = group; i < group + s; i += kLanes) {
+      typename V::F v[kCount];
+      unroll<kCount>([&](auto j) TAPER_INLINE {
+        v[j] = V::load(x + i + j * s);
+        if (kFirst) v[j] = ends.enter(v[j], V::load(ends.signs + i + j * s));
+      });
+      unroll<kLevels>([&](auto level) TAPER_INLINE {
+        unroll<kCount / 2>([&](auto pair) TAPER_INLINE {
+          constexpr int kStep = 1 << level, kA = pair / kStep * 2 * kStep + pair % kStep, kB = kA + kStep;
+          const auto a = v[kA], b = v[kB];
+          v[kA] = V::add(a, b);
+          v[kB] = V::sub(a, b);
+        });
+      });
+      unroll<kCount>([&](auto j) TAPER_INLINE {
+        V::store(x + i + j * s, kLast ? ends.leave(v[j], V::load(ends.signs + i + j * s)) : v[j]);
+      });
     }
   }
 }
 
-template <class V>
-inline void one_butterfly(float* x, int64_t block, int64_t s) {
-  for (int64_t begin = 0; begin < block; begin += 2 * s) {
-    for (int64_t i = begin; i < begin + s; i += kLanes) {
-      const auto a = V::load(x + i), b = V::load(x + i + s);
-      V::store(x + i, V::add(a, b));
-      V::store(x + i + s, V::sub(a, b));
-    }
+// The same for a run-time number of levels up to kMost.
+template <class V, int kMost>
+void butterflies(float* x, const Ends<V>& ends, int64_t begin, int64_t s, int levels, bool last) {
+  if constexpr (kMost > 1) {
+    if (levels < kMost) return butterflies<V, kMost - 1>(x, ends, begin, s, levels, last);
+  }
+  if (s == kLanes) {
+    last ? butterflies<V, kMost, true, true>(x, ends, begin, s) : butterflies<V, kMost, true, false>(x, ends, begin, s);
+  } else {
+    last ? butterflies<V, kMost, false, true>(x, ends, begin, s)
+         : butterflies<V, kMost, false, false>(x, ends, begin, s);
   }
 }
 
 template <class V>
 void rotate(float* x, const float* signs, int64_t n, int64_t block, bool inverse) {
-  const auto c = V::set(static_cast<float>(1.0 / __builtin_sqrt(static_cast<double>(block))));
-  // A block below sixteen lanes divides them, and n is whole blocks, so a short last group is whole blocks too.
-  const auto first_pass = [&](typename V::F v, typename V::F sign) {
-    return small_butterflies<V>(inverse ? v : V::mul(v, sign), block);
-  };
-  const auto last_pass = [&](typename V::F v, typename V::F sign) {
-    return inverse ? V::mul(V::mul(v, c), sign) : V::mul(v, c);
-  };
-  for_each_group<V>(
-      n, [&](int64_t i) { V::store(x + i, first_pass(V::load(x + i), V::load(signs + i))); },
-      [&](int64_t i, int64_t count) {
-        V::store_first(x + i, first_pass(V::load_first(x + i, count), V::load_first(signs + i, count)), count);
-      });
-  for (int64_t begin = 0; block > kLanes && begin < n; begin += block) {
-    int64_t s = kLanes;
-    for (; 4 * s <= block; s *= 4) two_butterflies<V>(x + begin, block, s);
-    if (s < block) one_butterfly<V>(x + begin, block, s);
+  const Ends<V> ends{signs, block, inverse,
+                     V::set(static_cast<float>(1.0 / __builtin_sqrt(static_cast<double>(block))))};
+  if (block <= kLanes) {
+    // Such a block divides the lanes, and n is whole blocks, so a short last group is whole blocks too.
+    const auto all = [&](typename V::F v, typename V::F sign) { return ends.leave(ends.enter(v, sign), sign); };
+    return for_each_group<V>(
+        n, [&](int64_t i) { V::store(x + i, all(V::load(x + i), V::load(signs + i))); },
+        [&](int64_t i, int64_t count) {
+          V::store_first(x + i, all(V::load_first(x + i, count), V::load_first(signs + i, count)), count);
+        });
   }
-  for_each_group<V>(
-      n, [&](int64_t i) { V::store(x + i, last_pass(V::load(x + i), V::load(signs + i))); },
-      [&](int64_t i, int64_t count) {
-        V::store_first(x + i, last_pass(V::load_first(x + i, count), V::load_first(signs + i, count)), count);
-      });
+  for (int64_t begin = 0; begin < n; begin += block) {
+    int left = __builtin_ctzll(static_cast<uint64_t>(block / kLanes));
+    for (int64_t s = kLanes; left > 0;) {
+      const int passes = (left + V::kLevels - 1) / V::kLevels, levels = (left + passes - 1) / passes;
+      left -= levels;
+      butterflies<V, V::kLevels>(x, ends, begin, s, levels, left == 0);
+      s <<= levels;
+    }
+  }
 }
 
 template <class V>

@@ -12,8 +12,9 @@ struct Vec16 {
   struct F {
     float32x4_t a, b, c, d;
   };
-  static constexpr int kHeads = 4;  // query heads that share a converted key or value, and
-  static constexpr int kSums = 4;   // sums of four registers beside them
+  static constexpr int kLevels = 2;  // 2^kLevels vectors of a rotation stay in registers
+  static constexpr int kHeads = 4;   // query heads that share a converted key or value, and
+  static constexpr int kSums = 4;    // sums of four registers beside them
 
   static F zero() { return set(0.0f); }
   static F set(float x) {
