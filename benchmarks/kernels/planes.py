@@ -21,10 +21,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from taper import kernels
+from taper.formats.spec import ACTIVATION_BITS, LEAST_WIDE_BITS, NARROW_VALUE, WIDE_VALUE
+from taper.quantize.codebook import ACTIVATION_BITS_OF
 
 POOL_BYTES = 1_200_000_000  # more than twice the largest last-level cache of the processors at hand
 READ_BYTES = 400_000_000  # of the pool, for one reading of the bandwidth: about 25 ms at 15 GB/s
@@ -43,6 +47,19 @@ class Case:
     tokens: int
     threads: int
     cold: bool
+    wide: bool  # values and activations as wide as the quantiser makes them at this width
+
+    @property
+    def values(self) -> NDArray[Any]:
+        """(2**bits,) evenly spaced values of the table."""
+        wide = self.wide and self.bits >= LEAST_WIDE_BITS
+        most, dtype = (WIDE_VALUE, np.int16) if wide else (NARROW_VALUE, np.int8)
+        return np.linspace(-most, most, 2**self.bits).astype(dtype)
+
+    @property
+    def magnitude_bits(self) -> int:
+        """Of the activations."""
+        return ACTIVATION_BITS_OF[self.bits] if self.wide else ACTIVATION_BITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +106,7 @@ class Pool:
             self.bytes[i * plane_bytes : (i + 1) * plane_bytes].reshape(case.out_features, cols // 8)
             for i in range(num_planes)
         ]
-        values = {case.bits: np.linspace(-127, 127, 2**case.bits).astype(np.int8)}
+        values = {case.bits: case.values}
         scales = np.ones((1, case.out_features), np.float32)
         return [
             kernels.Planes(
@@ -99,10 +116,11 @@ class Pool:
         ]
 
 
-def activations(tokens: int, in_features: int) -> kernels.Activations:
+def activations(case: Case) -> kernels.Activations:
     """Random rows, quantised as a layer would."""
-    x = np.random.default_rng(1).standard_normal((tokens, in_features)).astype(np.float32)
-    return kernels.prepare(x, cols=kernels.padded_cols(in_features), signs=None, block=1)
+    x = np.random.default_rng(1).standard_normal((case.tokens, case.in_features)).astype(np.float32)
+    cols = kernels.padded_cols(case.in_features)
+    return kernels.prepare(x, cols=cols, signs=None, block=1, magnitude_bits=case.magnitude_bits)
 
 
 def timed(case: Case, matrices: Sequence[kernels.Planes], x: kernels.Activations) -> float:
@@ -120,7 +138,7 @@ def timed(case: Case, matrices: Sequence[kernels.Planes], x: kernels.Activations
 def measure(case: Case, pool: Pool, num_samples: int) -> Result:
     """Take the samples of a case, each after a fresh reading of the bandwidth."""
     matrices = pool.matrices(case)
-    x = activations(case.tokens, case.in_features)
+    x = activations(case)
     times_s, read_gb_s = [], []
     kernels.set_num_threads(case.threads)
     with kernels.use_isa(case.isa):
@@ -166,6 +184,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=numbers, default=[1])
     parser.add_argument("--threads", type=numbers, default=sorted({1, os.cpu_count() or 1}))
     parser.add_argument("--cache", nargs="+", default=["cold", "warm"], choices=["cold", "warm"])
+    parser.add_argument("--wide", action="store_true", help="wide values and activations from 6 bits on")
     parser.add_argument("--samples", type=int, default=7)
     return parser.parse_args()
 
@@ -214,7 +233,7 @@ def main() -> None:
     for isa, cache, threads, tokens, (out_features, in_features), bits in itertools.product(
         args.isa, args.cache, args.threads, args.tokens, args.shapes, args.bits
     ):
-        case = Case(isa, out_features, in_features, bits, tokens, threads, cache == "cold")
+        case = Case(isa, out_features, in_features, bits, tokens, threads, cache == "cold", args.wide)
         results.append(measure(case, pool, args.samples))
         print_row(results[-1])
     print(json.dumps({"environment": environment(), "results": [asdict(result) for result in results]}))
