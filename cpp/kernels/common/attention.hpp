@@ -14,8 +14,10 @@
 
 namespace taper::lanes {
 
-// Sixteen multiply-adds a line hide the latency of memory only when the line was asked for long before.
+// Sixteen multiply-adds a line hide the latency of memory only when the line was asked for long before: 8192 entries of
+// 4 KV heads and 8 query heads each, two threads, cold: 451 us; into L1 503, 2 KB ahead into L1 556.
 constexpr int64_t kPrefetchBytes = 4096;
+constexpr int kIntoL2 = 2;  // of __builtin_prefetch
 
 // Calls f.template operator()<n>(first) for the heads in runs of n <= V::kHeads from `first` on.
 template <class V, class F>
@@ -38,7 +40,7 @@ TAPER_INLINE inline void score_blocks(const float* q, const T* keys, int64_t dim
     F k[kBlocks];
     unroll<kBlocks>([&](auto b) TAPER_INLINE {
       const T* line = keys + (b * dim + d) * kKeyBlock;
-      __builtin_prefetch(reinterpret_cast<const char*>(line) + kPrefetchBytes);
+      __builtin_prefetch(reinterpret_cast<const char*>(line) + kPrefetchBytes, 0, kIntoL2);
       k[b] = V::load(line);
     });
     unroll<kHeads>([&](auto h) TAPER_INLINE {
@@ -115,7 +117,7 @@ TAPER_INLINE inline void weighted_block(const T* values, int64_t dim, int64_t nu
     const T* value = values + t * dim;
     F v[kVectors];
     unroll<kVectors>([&](auto n) TAPER_INLINE {
-      __builtin_prefetch(reinterpret_cast<const char*>(value + n * kLanes) + kPrefetchBytes);
+      __builtin_prefetch(reinterpret_cast<const char*>(value + n * kLanes) + kPrefetchBytes, 0, kIntoL2);
       v[n] = count ? V::load_first(value, count) : V::load(value + n * kLanes);
     });
     unroll<kHeads>([&](auto h) TAPER_INLINE {
