@@ -10,9 +10,9 @@ namespace {
 constexpr int kMaxInputs = 8;      // 2 rows x 8 inputs of sums leave half of the registers for unpacking
 constexpr int64_t kRowBlock = 16;  // stays in cache while more tokens than fit at once pass over it
 
-// Bytes ahead in each plane, into L2: 4 KB in flight over all planes, what 15 GB/s a core and a latency of 240 ns need.
-// Measured on Zen 4 (5632 x 2048, cold, one thread), where longer distances and L1 cost more than they bring: at 4 bits
-// 25.4 GB/s, 2 KB into L1 20.3, none 24.9. Two planes want the page after next begun: 22.7 GB/s, 2 KB 16.6, none 19.5.
+// Bytes ahead in each plane, into L2: 4 KB in flight over all planes, what 15 GB/s a core and a latency of 240 ns need;
+// two planes want 8. Zen 4, 5632 x 2048, cold, one thread, GB/s with these / with 2 KB into L1 / without: 4 bits
+// 25.4 / 20.3 / 24.9; 2 bits, two runs, 19.1 / 20.1 / 17.6 and 22.7 / 20.9 / 19.5.
 template <int kBits>
 constexpr int64_t kPrefetchBytes = kBits <= 2 ? 4096 : 4096 / kBits / 64 * 64;
 
