@@ -121,7 +121,6 @@ class PanelGemm {
     m_.begin(tokens);
     for (int64_t row = tile.row; row < tile.row_end; row += kBlockRows) {
       const int64_t offset = (row - tile.row) * w_.cols;
-      prefetch(token, tokens, row);
       for (int v = 0; v < parts_of(w_); ++v) {
         const uint8_t* panels = (v == 0 ? tile.high : tile.low) + offset;
         m_.multiply(panels, x_.q + from, x_.sum + token, w_.cols, tokens, sums_[v][0]);
@@ -130,13 +129,6 @@ class PanelGemm {
         }
       }
       store(token, tokens, row, tile.row_end);
-    }
-  }
-
-  // Output lines of a block, which the stores after its products would wait for.
-  void prefetch(int64_t token, int64_t tokens, int64_t row) const {
-    for (int64_t t = token; t < token + tokens; ++t) {
-      for (int p = 0; p < kPanels; ++p) __builtin_prefetch(y_.out + t * w_.rows + row + p * kPanelRows, 1);
     }
   }
 
