@@ -44,6 +44,8 @@ def plot_bits(pyplot: Any, samples: list[Sample], path: Path) -> None:
         axes.errorbar(x, row.median, error(row), color=OURS, capsize=3)
     for program, (colour, marker) in PROGRAMS.items():
         theirs = [row for name, row in rows.items() if name.startswith(f"{program} ")]
+        if not theirs:
+            continue
         xs = [bits_per_weight(chosen, row.name) for row in theirs]
         axes.plot(xs, [row.median for row in theirs], marker, color=colour, label=program)
         for x, row in zip(xs, theirs, strict=True):

@@ -47,15 +47,15 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A figure over all rounds: median, least and most, and how many were disturbed."""
+    """A figure over the quiet rounds: median, least and most, and how many rounds were left out."""
 
     name: str
     median: float
     least: float
     most: float
     share_frac: float | None
-    num_samples: int
-    num_disturbed: int
+    num_rounds: int
+    num_left_out: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,16 +79,29 @@ class Verdict:
         return self.median >= self.bound if self.at_least else self.median <= self.bound
 
 
+def quiet(samples: list[Sample]) -> list[Sample]:
+    """The samples of a group without the rounds in which any was disturbed, or all where no round is left.
+
+    Barriers of some peers slow down many times over beside other work, so such a round would flatter us.
+    """
+    disturbed = {sample.round for sample in samples if sample.disturbed}
+    return [sample for sample in samples if sample.round not in disturbed] or samples
+
+
 def summaries(group: str, samples: Iterable[Sample]) -> list[Summary]:
     """One summary a figure, in the order in which they were first measured."""
-    by_name: dict[str, list[Sample]] = {}
-    for sample in samples:
-        if sample.group == group:
-            by_name.setdefault(sample.name, []).append(sample)
-    return [_summary(name, found) for name, found in by_name.items()]
+    all_of_group = [sample for sample in samples if sample.group == group]
+    by_name: dict[str, list[Sample]] = {sample.name: [] for sample in all_of_group}
+    for sample in quiet(all_of_group):
+        by_name[sample.name].append(sample)
+    rounds = {sample.round for sample in all_of_group}
+    left = {sample.round for sample in quiet(all_of_group)}
+    return [
+        _summary(name, found, len(rounds), len(rounds - left)) for name, found in by_name.items() if found
+    ]
 
 
-def _summary(name: str, samples: list[Sample]) -> Summary:
+def _summary(name: str, samples: list[Sample], num_rounds: int, num_left_out: int) -> Summary:
     values = [sample.value for sample in samples]
     shares = [sample.share_frac for sample in samples if sample.share_frac is not None]
     return Summary(
@@ -97,17 +110,16 @@ def _summary(name: str, samples: list[Sample]) -> Summary:
         min(values),
         max(values),
         median(shares) if shares else None,
-        len(samples),
-        sum(sample.disturbed for sample in samples),
+        num_rounds,
+        num_left_out,
     )
 
 
 def verdicts(group: Group, samples: Iterable[Sample]) -> list[Verdict]:
     """Every claim of the group that its rounds can tell."""
     rounds: dict[int, list[Sample]] = {}
-    for sample in samples:
-        if sample.group == group.name:
-            rounds.setdefault(sample.round, []).append(sample)
+    for sample in quiet([sample for sample in samples if sample.group == group.name]):
+        rounds.setdefault(sample.round, []).append(sample)
     found = (_verdict(claim, rounds.values()) for claim in group.claims)
     return [verdict for verdict in found if verdict is not None]
 
@@ -131,13 +143,13 @@ def _verdict(claim: Claim, rounds: Iterable[list[Sample]]) -> Verdict | None:
 def summary_lines(group: Group, rows: list[Summary]) -> list[str]:
     """The table of a group's figures, in Markdown."""
     lines = [
-        f"| {group.name}, {group.unit} | median | least | most | share | disturbed |",
+        f"| {group.name}, {group.unit} | median | least | most | share | rounds left out |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
         share = "" if row.share_frac is None else f"{row.share_frac:.0%}"
         values = " | ".join(f"{value:.4g}" for value in (row.median, row.least, row.most))
-        lines.append(f"| {row.name} | {values} | {share} | {row.num_disturbed} of {row.num_samples} |")
+        lines.append(f"| {row.name} | {values} | {share} | {row.num_left_out} of {row.num_rounds} |")
     return lines
 
 

@@ -122,12 +122,15 @@ def test_ratios_are_taken_within_a_round_against_the_best(programs: Programs):
     assert "| yes |" in verdict_lines([best])[-1]
 
 
-def test_samples_beside_other_work_are_counted():
+def test_rounds_beside_other_work_are_left_out():
     samples = [sample(1, "a", 10), sample(2, "a", 30, others_frac=0.2), sample(3, "a", 20)]
-    (row,) = summaries("decode", samples)
-    assert (row.median, row.least, row.most) == (20, 10, 30)
-    assert (row.num_disturbed, row.num_samples) == (1, 3)
-    assert row.share_frac == pytest.approx(0.5)
+    samples += [sample(1, "b", 1), sample(2, "b", 9), sample(3, "b", 2)]
+    a, b = summaries("decode", samples)
+    assert (a.median, a.least, a.most) == (15, 10, 20)
+    assert (b.median, b.most) == (1.5, 2)  # b was alone, its round was not
+    assert (a.num_left_out, a.num_rounds) == (b.num_left_out, b.num_rounds) == (1, 3)
+    (only,) = summaries("decode", samples[1:2])  # better than nothing
+    assert (only.median, only.num_left_out) == (30, 0)
 
 
 def test_bounds_hold_in_their_direction():
