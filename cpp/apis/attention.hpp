@@ -21,7 +21,7 @@ struct AttentionShape {
   int64_t qkv_width() const { return (heads + 2 * kv_heads) * head_dim; }
 };
 
-// Throws std::invalid_argument unless heads are a positive multiple of positive kv_heads and head_dim is even.
+// Throws std::invalid_argument unless all are positive and heads a multiple of kv_heads.
 void check_shape(const AttentionShape& shape);
 
 // Consecutive tokens of one sequence: rows row .. row + tokens - 1 of the activations.
@@ -38,7 +38,7 @@ class AttentionWork {
  public:
   explicit AttentionWork(const AttentionShape& shape) : shape_(shape) {}
 
-  // Forgets the last spans. Only their number and lengths decide about the items.
+  // Forgets the last spans. Where they begin and end, and nothing else, decides about the items.
   void reset(const std::vector<Span>& spans);
 
   int64_t items() const { return static_cast<int64_t>(items_.size()); }
