@@ -25,7 +25,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> HfCheckpoint:
 
 
 def test_moments_are_those_of_the_whole_decoder(checkpoint: HfCheckpoint) -> None:
-    tokens = np.random.default_rng(0).integers(0, 300, (3, 20)).astype(np.int32)
+    # Ten sequences are a whole batch and a part of one.
+    tokens = np.random.default_rng(0).integers(0, 300, (10, 20)).astype(np.int32)
     run = CalibrationRun(checkpoint, tokens)
     found = {name: moments for index in range(2) for name, moments in run.layer(index).items()}
     found["embed"] = run.head()
@@ -40,8 +41,8 @@ def test_moments_are_those_of_the_whole_decoder(checkpoint: HfCheckpoint) -> Non
     for name, moments in found.items():
         inputs = np.concatenate(seen[name]).astype(np.float64)
         expected = inputs.T @ inputs
-        assert moments.num_tokens == 60
-        # Float32 inputs from the same operations, products of 20 rows: 1e-5 of the largest entry is ample.
+        assert moments.num_tokens == 200
+        # Float32 inputs from the same operations, products of 160 rows: 1e-5 of the largest entry is ample.
         np.testing.assert_allclose(moments.total, expected, atol=1e-5 * np.abs(expected).max())
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -19,7 +21,13 @@ from taper.models import Decoder
 from taper.quantize import Budget, QuantizeOptions, Shrinker, SolverOptions, StoppedError, quantize
 from taper.quantize import sensitivity as measuring
 from taper.quantize.progress import Progress
-from taper.quantize.sensitivity import cut_passages, default_plan, measure_sensitivity, passages
+from taper.quantize.sensitivity import (
+    cut_passages,
+    default_plan,
+    full_reading,
+    measure_sensitivity,
+    passages,
+)
 from taper.testing.random_model import SHAPES
 from taper.testing.tiny import tiny_hf_dir, tiny_taper
 
@@ -135,6 +143,13 @@ def test_a_large_model_is_measured_at_few_widths(tmp_path: Path, file: TaperFile
     plan = default_plan(Large())  # type: ignore[arg-type]
     assert plan.bits == (2,)
     assert plan.num_tokens == 128
+
+
+def test_the_rest_is_read_at_six_bits_where_only_fewer_are_measured() -> None:
+    # Of an eight-bit file, so that 6 is not all its planes.
+    wide = cast(TaperFile, SimpleNamespace(max_bits=8))
+    assert [full_reading(wide, bits) for bits in ((2,), (2, 3, 5), (2, 6), (2, 7))] == [6, 6, 8, 8]
+    assert full_reading(cast(TaperFile, SimpleNamespace(max_bits=4)), (2,)) == 4
 
 
 def test_passages_come_from_all_over_the_text(file: TaperFile) -> None:
