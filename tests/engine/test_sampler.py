@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -11,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from taper.engine import SamplingParams
-from taper.engine.sampler import Sampler, candidates, descending, log_softmax, logit_features, pick
+from taper.engine.sampler import (
+    MOST_IN_ONE_RACE,
+    Sampler,
+    candidates,
+    descending,
+    log_softmax,
+    logit_features,
+    race,
+    race_in_blocks,
+)
 from taper.errors import TaperError, UsageError
 
 # The specified exp and float32 division are within 4 units in the last place; sums are float64.
@@ -49,14 +57,19 @@ def draw(params: SamplingParams, logits: np.ndarray, count: int, seed: int = 1, 
     return [sampler.sample(logits).token_id for _ in range(count)]
 
 
-class FixedUniform:
-    """In place of the random generator: gives the numbers it was made with."""
+def keys(count: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(2**64, size=count, dtype=np.uint64).tolist()
 
-    def __init__(self, *values: float) -> None:
-        self.values = list(values)
 
-    def random(self) -> float:
-        return self.values.pop(0)
+def assert_frequencies(drawn: list[int], probabilities: np.ndarray) -> None:
+    """Within 6 standard deviations of a count around n p: once in a billion; the keys are fixed besides.
+
+    Counts of which fewer than 10 are expected are not normal, and left out.
+    """
+    counts = np.bincount(drawn, minlength=len(probabilities))
+    expected = len(drawn) * probabilities
+    far = np.abs(counts - expected) > 6 * np.sqrt(expected * (1 - probabilities))
+    assert not (far & (expected >= 10)).any()
 
 
 # --- the filters ---
@@ -162,58 +175,120 @@ def test_descending_is_the_head_of_a_stable_sort(values, count):
 # --- drawing ---
 
 
-def test_a_draw_inverts_the_cumulative_distribution():
-    logits = np.log(f32(0.25, 0.5, 0.25))
-    sampler = Sampler(SamplingParams(temperature=1.0), 3, (), 0)
-    sampler._random = FixedUniform(0.0, 0.2499, 0.2501, 0.7499, 0.7501, 1 - 2**-53)
-    assert [sampler.sample(logits).token_id for _ in range(6)] == [0, 0, 1, 1, 2, 2]
+def test_the_winner_is_the_one_that_the_definition_names():
+    """splitmix64 in whole numbers, one logarithm a token."""
+    weights, key, mask = f32(0.3, 5, 1e-3, 2, 0), 0x0123456789ABCDEF, 2**64 - 1
+
+    def arrival(token: int) -> float:
+        x = (token * 0x9E3779B97F4A7C15 + key) & mask
+        x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) & mask
+        x = ((x ^ x >> 27) * 0x94D049BB133111EB) & mask
+        return -math.log(((x ^ x >> 31) >> 12) * 2.0**-52 + 2.0**-53)
+
+    for key in keys(50):
+        scores = [float(weight) / arrival(token) for token, weight in enumerate(weights)]
+        assert race(weights, None, key) == scores.index(max(scores))
 
 
-@QUICK
-@given(
-    st.lists(st.one_of(st.integers(0, 3), st.just(0)), min_size=1, max_size=40).filter(any),
-    st.integers(1, 30),
-    st.floats(0, 1, exclude_max=True),
-)
-def test_pick_is_the_running_sum_whatever_the_blocks(counts, repeat, uniform):
-    """Small whole numbers make every sum exact, so the answer is exact too, across many blocks."""
-    weights = np.repeat(np.array(counts, np.float32), repeat)
-    target = uniform * float(weights.sum(dtype=np.float64))
-    running = np.cumsum(weights, dtype=np.float64)
-    assert pick(weights, uniform) == int(np.flatnonzero(running > target)[0])
+@pytest.mark.parametrize("draw_one", [lambda w, key: race(w, None, key), race_in_blocks])
+def test_races_follow_the_weights(draw_one):
+    """Over 600 tokens, blocks of 256 and a rest; a third of them have weight 0."""
+    generator = np.random.default_rng(3)
+    weights = (generator.random(600) ** 8 * (generator.random(600) < 0.7)).astype(np.float32)
+    drawn = [draw_one(weights, key) for key in keys(20000)]
+    probabilities = weights / weights.sum(dtype=np.float64)
+    assert_frequencies(drawn, probabilities)
+    # Sums over tokens find what single rare tokens hide.
+    groups = np.arange(600) % 7
+    assert_frequencies(groups[drawn].tolist(), np.bincount(groups, probabilities))
+
+
+def test_place_in_the_block_does_not_depend_on_the_block():
+    """Two blocks alike: were the two races one, the winning block would tell of the winning token."""
+    drawn = np.array([race_in_blocks(np.ones(512, np.float32), key) for key in keys(20000)])
+    assert_frequencies((drawn // 256 * 4 + drawn % 256 // 64).tolist(), np.full(8, 1 / 8))
 
 
 @QUICK
 @given(st.integers(0, 2**32), st.sampled_from([1, 255, 256, 257, 5000]))
-def test_pick_never_takes_a_weight_of_zero(seed, size):
+def test_a_weight_of_zero_never_wins(seed, size):
     generator = np.random.default_rng(seed)
     weights = (generator.random(size) * (generator.random(size) < 0.3)).astype(np.float32)
     weights[generator.integers(size)] = 1e-30
-    for uniform in (0.0, 0.5, 1 - 2**-53, 1 - 2**-30):
-        assert weights[pick(weights, uniform)] > 0
+    for key in (*keys(3, seed), 0, 2**64 - 1):
+        assert weights[race(weights, None, key)] > 0
+        assert weights[race_in_blocks(weights, key)] > 0
 
 
-def test_pick_at_the_edge_of_a_block_takes_the_next_one():
-    assert pick(np.ones(512, np.float32), 0.5) == 256
-    assert pick(np.concatenate([np.zeros(256), np.ones(2)]).astype(np.float32), 0.0) == 256
+@QUICK
+@given(st.integers(0, 2**32))
+def test_other_tokens_in_the_race_change_nothing_unless_they_win(seed):
+    """So that a filter, or a slightly other distribution, leaves most draws as they are."""
+    generator = np.random.default_rng(seed)
+    weights, key = generator.random(50).astype(np.float32), keys(1, seed)[0]
+    winner = race(weights, None, key)
+    some = np.unique([winner, *generator.integers(50, size=10)])
+    order = generator.permutation(some)
+    assert order[race(weights[order], order, key)] == winner
 
 
-def test_pick_bears_a_block_sum_above_its_running_sum():
-    """The two orders of addition differ in the last bit for some of these; the last draw falls between."""
-    exponents = np.random.default_rng(0).uniform(-60, 0, (100, 256))
-    weights = np.exp(exponents).astype(np.float32)
-    assert all(pick(row, 1 - 2**-53) < 256 for row in weights)
-    assert any(np.add.reduceat(row, [0], dtype=float)[0] > np.cumsum(row, dtype=float)[-1] for row in weights)
+@pytest.mark.parametrize("draw_one", [lambda w, key: race(w, None, key), race_in_blocks])
+def test_similar_distributions_draw_the_same_token_as_often_as_the_theorem_says(draw_one):
+    generator = np.random.default_rng(5)
+    one = softmax(generator.normal(0, 2, 600))
+    other = softmax(np.log(one) + generator.normal(0, 0.1, 600))
+    distance = np.abs(one - other).sum() / 2
+    agreed = np.mean([draw_one(one.astype("f4"), k) == draw_one(other.astype("f4"), k) for k in keys(5000)])
+    # Two races, of the blocks and within one, each at least at their own bound.
+    bound = (1 - distance) / (1 + distance) if draw_one is not race_in_blocks else (1 - distance) ** 4
+    assert agreed > bound - 6 * math.sqrt(bound * (1 - bound) / 5000)
+    assert distance > 0.03
+
+
+def test_a_large_vocabulary_races_in_blocks():
+    logits = np.random.default_rng(0).normal(0, 3, MOST_IN_ONE_RACE + 1).astype(np.float32)
+    params = SamplingParams(temperature=1.0)
+    sampler = Sampler(params, len(logits), (), 0)
+    drawn = [sampler.draw(logits) for _ in range(20)]
+    weights = candidates(logits, params)[1]
+    assert drawn == [race_in_blocks(weights, key) for key in sampler._keys]
+
+
+def test_draws_are_the_same_on_every_machine():
+    """Of a flat distribution, so that they show the numbers; changing them changes every seed's answers."""
+    drawn = draw(SamplingParams(temperature=1.0), np.zeros(1000, np.float32), 6, seed=7)
+    assert drawn == [912, 656, 232, 963, 443, 492]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        {"temperature": 1.0},
+        {"temperature": 1.0, "top_k": 5},
+        {"temperature": 1.0, "frequency_penalty": 2.0, "repetition_penalty": 1.5},
+        {"presence_penalty": 1.0, "logprobs": True},
+    ],
+)
+def test_a_fork_draws_ahead_and_leaves_the_sampler_as_it_was(params):
+    generator = np.random.default_rng(0)
+    logits = [generator.normal(0, 1, 12).astype(np.float32) for _ in range(8)]
+    alone = Sampler(SamplingParams(**params), 12, (1, 2), 4)
+    expected = [alone.sample(row) for row in logits]
+    sampler = Sampler(SamplingParams(**params), 12, (1, 2), 4)
+    found = []
+    while len(found) < len(logits):
+        fork, rest = sampler.fork(), logits[len(found) :]
+        assert [fork.draw(row) for row in rest[:3]] == [t.token_id for t in expected[len(found) :]][:3]
+        sampler.fork().draw(-rest[0])  # a wrong draft
+        found.append(sampler.sample(rest[0]))
+    assert found == expected
 
 
 def test_frequencies_follow_the_distribution():
-    """6 standard deviations of a count around n p: once in a billion; the seed is fixed besides."""
-    logits = np.log(f32(0.05, 0.6, 0.35))
-    counts = Counter(draw(SamplingParams(temperature=1.0), logits, 4000))
-    for token_id, probability in enumerate((0.05, 0.6, 0.35)):
-        assert abs(counts[token_id] - 4000 * probability) < 6 * math.sqrt(
-            4000 * probability * (1 - probability)
-        )
+    probabilities = np.array([0.05, 0.6, 0.35])
+    logits = np.log(probabilities).astype(np.float32)
+    assert_frequencies(draw(SamplingParams(temperature=1.0), logits, 4000), probabilities)
 
 
 def test_a_seed_repeats_and_another_differs():
@@ -236,8 +311,8 @@ def test_token_n_uses_the_nth_number_whatever_the_others_were():
 
 def test_greedy_takes_the_lowest_of_equal_ids_and_no_random_number():
     sampler = Sampler(SamplingParams(top_k=1, top_p=0.1), 4, (), 0)
-    sampler._random = FixedUniform()
     assert sampler.sample(f32(1, 3, 3, 2)).token_id == 1
+    assert sampler._keys == []
 
 
 def test_tiny_temperature_is_greedy():
