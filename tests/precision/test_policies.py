@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from taper.errors import UsageError
-from taper.precision import Fixed, PrecisionPolicy, StepContext, parse_policy
+from taper.precision import Exact, Fixed, PrecisionPolicy, StepContext, parse_policy
 
 MIN_BITS, MAX_BITS = 2, 8
 
@@ -25,6 +25,22 @@ def bits_of_tokens(
 
 def test_fixed_gives_one_width():
     assert bits_of_tokens(parse_policy("fixed:4", MIN_BITS, MAX_BITS), 5) == [4] * 5
+
+
+def test_exact_draws_every_token_at_the_high_width():
+    assert bits_of_tokens(parse_policy("exact:6/3", MIN_BITS, MAX_BITS), 5) == [6] * 5
+
+
+def test_exact_verifies_at_all_bits_and_leaves_drafts_to_the_engine_unless_told():
+    assert parse_policy("exact", MIN_BITS, MAX_BITS) == Exact(8, None)
+    assert parse_policy("exact:6", MIN_BITS, MAX_BITS) == Exact(6, None)
+    assert parse_policy("exact:6/2.5", MIN_BITS, MAX_BITS, True) == Exact(6, 2.5)
+
+
+@pytest.mark.parametrize("text", ["exact:4/4", "exact:4/5"])
+def test_drafts_take_fewer_bits(text):
+    with pytest.raises(UsageError, match="it must be below 4"):
+        parse_policy(text, MIN_BITS, MAX_BITS)
 
 
 def test_phase_switches_after_the_prompt():
@@ -62,7 +78,9 @@ def test_default_progressive_never_rises_and_never_leaves_the_widths(min_bits, e
     assert min_bits <= min(bits) <= max(bits) <= min_bits + extra
 
 
-@pytest.mark.parametrize("text", ["fixed:4", "phase:6/3", "progressive", "progressive:6@0,4@16,3@64"])
+@pytest.mark.parametrize(
+    "text", ["fixed:4", "exact:8", "exact:8/4", "phase:6/3", "progressive", "progressive:6@0,4@16,3@64"]
+)
 def test_name_reads_back_as_the_same_policy(text):
     policy = parse_policy(text, MIN_BITS, MAX_BITS)
     assert policy.name == text
@@ -75,7 +93,17 @@ def test_spaces_around_a_policy_do_not_matter():
 
 
 @pytest.mark.parametrize(
-    "text", ["fixed:1", "fixed:9", "phase:9/3", "phase:6/1", "progressive:9@0", "progressive:4@0,1@9"]
+    "text",
+    [
+        "fixed:1",
+        "fixed:9",
+        "phase:9/3",
+        "phase:6/1",
+        "exact:9",
+        "exact:4/1",
+        "progressive:9@0",
+        "progressive:4@0,1@9",
+    ],
 )
 def test_bits_outside_the_file_name_the_widths(text):
     with pytest.raises(UsageError, match="2 to 8 bits") as error:
@@ -87,7 +115,10 @@ def test_bits_outside_the_file_name_the_widths(text):
     ("text", "reason"),
     [
         ("", "no policy is called ''"),
-        ("exact", "no policy is called 'exact'"),
+        ("exactly", "no policy is called 'exactly'"),
+        ("exact:", "'' is not a number of bits"),
+        ("exact:8/", "'' is not a number of bits"),
+        ("exact:8/4/2", "'4/2' is not a number of bits"),
         ("fixed", "'' is not a number of bits"),
         ("fixed:", "'' is not a number of bits"),
         ("fixed:-4", "'-4' is not a number of bits"),

@@ -63,7 +63,9 @@ def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.command("run")
 @click.argument("arguments", nargs=-1, metavar="[MODEL] [PROMPT]")
 @click.option(
-    "--policy", metavar="POLICY", help="fixed:B, phase:P/D, progressive[:B@0,B@N,...], or a name in the file."
+    "--policy",
+    metavar="POLICY",
+    help="fixed:B, exact[:B[/D]], phase:P/D, progressive[:B@0,B@N,...], or a name in the file.",
 )
 @click.option(
     "--bits", type=float, metavar="B", help="Short for --policy fixed:B; 3.3 is a mean over the weights."

@@ -1,10 +1,11 @@
 """Precision policies: how many bits each forward pass reads."""
 
-from taper.precision.kinds import Fixed, PhaseAware, Progressive, ProgressiveThirds
+from taper.precision.kinds import Exact, Fixed, PhaseAware, Progressive, ProgressiveThirds
 from taper.precision.parse import describe_widths, parse_policy
 from taper.precision.policy import LogitFeatures, Phase, PrecisionPolicy, StepContext, whole_bits
 
 __all__ = [
+    "Exact",
     "Fixed",
     "LogitFeatures",
     "Phase",

@@ -1,10 +1,11 @@
-"""The policies that need nothing but counting: fixed, phase-aware, static progressive."""
+"""The policies that need nothing but counting: fixed, exact, phase-aware, static progressive."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
 
+from taper.errors import UsageError
 from taper.precision.policy import StepContext
 
 # Decode widths of the default schedule, one for each third of the token limit. Their mean is 4 bits, the
@@ -28,6 +29,38 @@ class Fixed:
 
     def bits(self, step: StepContext) -> float:
         """The one width."""
+        return self.width
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Every token from logits at `width`, in less time: the first planes draft, `width` bits verify.
+
+    For whoever only asks for bits it is `Fixed`; the engine drafts (`taper.engine.speculation`). The output
+    is that of `Fixed` with the same width and seed, token for token. `draft_width` None leaves the bits of
+    the drafts to what the engine measures.
+
+    Raises:
+        UsageError: drafts at as many bits as the verification, or more.
+    """
+
+    width: float
+    draft_width: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.draft_width is not None and self.draft_width >= self.width:
+            raise UsageError(
+                f"policy {self.name!r} drafts at {self.draft_width:g} bits; it must be below {self.width:g}",
+                "give the larger width first, as in exact:8/4",
+            )
+
+    @property
+    def name(self) -> str:
+        """`exact:H` or `exact:H/D`."""
+        return f"exact:{self.width:.9g}" + ("" if self.draft_width is None else f"/{self.draft_width:.9g}")
+
+    def bits(self, step: StepContext) -> float:
+        """The width that tokens are drawn at."""
         return self.width
 
 

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from taper.errors import UsageError
-from taper.precision.kinds import Fixed, PhaseAware, Progressive, ProgressiveThirds
+from taper.precision.kinds import Exact, Fixed, PhaseAware, Progressive, ProgressiveThirds
 from taper.precision.policy import PrecisionPolicy, whole_bits
 
-EXAMPLES = "write fixed:4, phase:6/3, progressive or progressive:6@0,4@16,3@64"
+EXAMPLES = "write fixed:4, exact, exact:8/4, phase:6/3, progressive or progressive:6@0,4@16,3@64"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +64,11 @@ def describe_widths(min_bits: int, max_bits: int) -> str:
 def parse_policy(text: str, min_bits: int, max_bits: int, allows_fractions: bool = False) -> PrecisionPolicy:
     """Read a policy's text for a model of the given widths.
 
-    `fixed:B`; `phase:P/D` (prompt at P bits, decode at D); `progressive:B@0,B@N,...` (prompt and first tokens
-    at the first width, from the token with index N on at the next; bits never rise); `progressive` (a default
-    for the model's widths, `ProgressiveThirds`). Bits may be a fraction, as in fixed:3.3, where
-    `allows_fractions` says that the model holds the sensitivity to spend it by.
+    `fixed:B`; `exact[:H[/D]]` (the output of fixed:H, drafted at D bits; without them H is the largest width
+    and the engine chooses D); `phase:P/D` (prompt at P bits, decode at D); `progressive:B@0,B@N,...` (prompt
+    and first tokens at the first width, from the token with index N on at the next; bits never rise);
+    `progressive` (a default for the model's widths, `ProgressiveThirds`). Bits may be a fraction, as in
+    fixed:3.3, where `allows_fractions` says that the model holds the sensitivity to spend it by.
 
     Raises:
         UsageError: not a policy, bits that the model does not hold, bits that rise.
@@ -81,6 +82,13 @@ def parse_policy(text: str, min_bits: int, max_bits: int, allows_fractions: bool
 
 def _fixed(source: _Source, argument: str) -> PrecisionPolicy:
     return Fixed(source.bits(argument))
+
+
+def _exact(source: _Source, argument: str) -> PrecisionPolicy:
+    if source.text.strip() == "exact":
+        return Exact(source.max_bits)
+    verify, slash, draft = argument.partition("/")
+    return Exact(source.bits(verify), source.bits(draft) if slash else None)
 
 
 def _phase(source: _Source, argument: str) -> PrecisionPolicy:
@@ -115,6 +123,7 @@ def _switch_point(source: _Source, word: str) -> tuple[float, int]:
 
 KINDS: dict[str, Callable[[_Source, str], PrecisionPolicy]] = {
     "fixed": _fixed,
+    "exact": _exact,
     "phase": _phase,
     "progressive": _progressive,
 }
