@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import re
 import sys
 
 import pytest
@@ -47,6 +48,14 @@ def test_bits_is_short_for_fixed(taper, model):
     outcome = taper("run", model, "a", "--bits", "9")
     assert outcome.status == 2
     assert "2 to 8 bits" in outcome.err
+
+
+def test_exact_says_what_became_of_the_drafts(taper, model):
+    record = run_json(taper, model, "the in", "--bits", "8", *GREEDY)
+    outcome = taper("run", model, "the in", "--policy", "exact", "--temperature", "0", "--max-tokens", "40")
+    assert outcome.out.startswith(record["text"])
+    assert re.search(r"[0-9]+% of drafts accepted, [1-9]\.[0-9]{2} tokens a pass", outcome.err)
+    assert "drafts" not in taper("run", model, "the in", "--bits", "8", *GREEDY).err
 
 
 def test_seed_gives_the_same_text(taper, model):

@@ -54,6 +54,10 @@ def closing_line(completion: Completion) -> str:
         f"{file_size(usage.bytes_per_token)} read per token",
         f"peak memory {memory_size(usage.peak_memory_bytes)}",
     ]
+    if usage.num_drafted_tokens:
+        per_pass = (usage.num_completion_tokens - 1) / usage.num_decode_passes
+        accepted = usage.num_accepted_tokens / usage.num_drafted_tokens
+        parts.insert(2, f"{accepted:.0%} of drafts accepted, {per_pass:.2f} tokens a pass")
     return " · ".join(parts)
 
 

@@ -46,9 +46,13 @@ class Usage:
         prefill_tokens_per_s, decode_tokens_per_s: 0 where there was no such pass. Decode counts the tokens
             after the
             first.
-        average_bits: mean over the decode passes; over the first token's pass where there was no other.
-        prefill_bytes, decode_bytes: weights and KV entries read.
-        bytes_per_token: mean over the decode passes; 0 without one.
+        average_bits: mean over the decoded tokens of the bits of the pass that each was drawn from, in exact
+            mode too; over the first token's pass where there was no other.
+        prefill_bytes, decode_bytes: weights and KV entries read, by drafts too.
+        bytes_per_token: mean over the decoded tokens; 0 without one.
+        num_decode_passes: that tokens were drawn from; in exact mode one may give several.
+        num_draft_passes: at fewer bits, whose tokens were only proposed; prompt lookup drafts without any.
+        num_drafted_tokens, num_accepted_tokens: proposed, and of those the ones that were drawn.
         peak_memory_bytes: of this process so far; None where the system does not say.
     """
 
@@ -62,6 +66,10 @@ class Usage:
     prefill_bytes: int
     decode_bytes: int
     bytes_per_token: float
+    num_decode_passes: int
+    num_draft_passes: int
+    num_drafted_tokens: int
+    num_accepted_tokens: int
     peak_memory_bytes: int | None
 
 
@@ -131,6 +139,10 @@ def usage_of(sequence: Sequence) -> Usage:
         prefill_bytes=sequence.prefill_bytes,
         decode_bytes=sequence.decode_bytes,
         bytes_per_token=_ratio(sequence.decode_bytes, num_decoded),
+        num_decode_passes=sequence.num_decode_passes,
+        num_draft_passes=sequence.num_draft_passes,
+        num_drafted_tokens=sequence.num_drafted,
+        num_accepted_tokens=sequence.num_accepted,
         peak_memory_bytes=peak_memory_bytes(),
     )
 

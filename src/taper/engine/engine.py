@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
+from functools import lru_cache
 from numbers import Integral, Real
 from types import TracebackType
 
@@ -12,13 +13,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from taper.engine.completion import Completion, StepOutput, completion_of
+from taper.engine.drafting import AdaptivePlanner, Planner
 from taper.engine.model_runner import Model, ModelRunner
 from taper.engine.request import Request
 from taper.engine.sampler import Sampler, logit_features
 from taper.engine.sequence import Sequence
+from taper.engine.speculation import Speculator
 from taper.engine.stop_strings import StopStrings
 from taper.errors import DoesNotFitError, UsageError
-from taper.precision import LogitFeatures, Phase, StepContext, describe_widths, whole_bits
+from taper.precision import (
+    Exact,
+    LogitFeatures,
+    Phase,
+    PrecisionPolicy,
+    StepContext,
+    describe_widths,
+    whole_bits,
+)
 from taper.tokenizer import IncrementalDetokenizer, Tokenizer
 
 Logits = NDArray[np.float32]
@@ -26,6 +37,9 @@ Logits = NDArray[np.float32]
 # Rows of activations are what prefill adds to memory: 256 rows of the widest, 2 * 5632 floats in a 1.1 B
 # model, are 11.5 MB, a tenth of what the engine may use beside weights and KV cache.
 PREFILL_CHUNK_TOKENS = 256
+
+# Widths of exact mode whose measurements are kept from request to request, a few kilobytes each.
+_MAX_PLANNERS = 16
 
 
 class TokenStream(Iterator[StepOutput]):
@@ -71,16 +85,22 @@ class Engine:
         model: a decoder.
         tokenizer: of the model; without one prompts are token ids and outputs have no text.
         prefill_chunk_tokens: prompt tokens in one pass.
+        planner_of: makes what chooses the drafts of an exact policy, once for all its requests.
     """
 
     def __init__(
-        self, model: Model, tokenizer: Tokenizer | None, prefill_chunk_tokens: int = PREFILL_CHUNK_TOKENS
+        self,
+        model: Model,
+        tokenizer: Tokenizer | None,
+        prefill_chunk_tokens: int = PREFILL_CHUNK_TOKENS,
+        planner_of: Callable[[Exact], Planner] = AdaptivePlanner,
     ) -> None:
         if prefill_chunk_tokens < 1:
             raise UsageError(f"prefill_chunk_tokens is {prefill_chunk_tokens}; it must be at least 1")
         self.model = model
         self.tokenizer = tokenizer
         self._prefill_chunk_tokens = prefill_chunk_tokens
+        self.planner_of = lru_cache(maxsize=_MAX_PLANNERS)(planner_of)
 
     def stream(self, request: Request) -> TokenStream:
         """Check a request and return its tokens; the work is done as they are taken.
@@ -108,6 +128,8 @@ class Engine:
         config = self.model.config
         stop_ids = frozenset(() if request.ignore_eos else config.eos_token_ids) | {*request.stop_token_ids}
         self._check_vocabulary("stop_token_ids", [*request.stop_token_ids])
+        if isinstance(request.policy, Exact) and request.policy.draft_width is not None:
+            self._readable(request.policy, request.policy.draft_width)
         given = request.sampling.seed
         seed = secrets.randbits(64) if given is None else int(given)
         return Sequence(
@@ -195,7 +217,23 @@ class Engine:
             yield step_output
             if sequence.state == "finished" or sequence.request.is_cancelled:
                 return
+            if isinstance(sequence.request.policy, Exact):
+                yield from self._speculator(sequence, runner, sequence.request.policy).steps()
+                return
             output = self._decode(sequence, runner, logits)
+
+    def _speculator(self, sequence: Sequence, runner: ModelRunner, policy: Exact) -> Speculator:
+        """What decodes in exact mode."""
+        began_ns = time.perf_counter_ns()
+        speculator = Speculator(
+            sequence,
+            runner,
+            self.planner_of(policy),
+            lambda: self._bits(sequence, "decode", runner.position, None),
+            lambda logits, bits: self._draw(sequence, logits, bits),
+        )
+        sequence.decode_ns += time.perf_counter_ns() - began_ns
+        return speculator
 
     def _prefill_chunk(
         self, sequence: Sequence, runner: ModelRunner, start: int
@@ -218,6 +256,7 @@ class Engine:
         began_ns = time.perf_counter_ns()
         bits = self._bits(sequence, "decode", runner.position, lambda: logit_features(last_logits))
         logits = runner.decode(sequence.tokens[-1].token_id, bits)
+        sequence.num_decode_passes += 1
         sequence.decode_bytes += runner.bytes_of_last_pass(bits)
         output = self._draw(sequence, logits, bits)
         sequence.decode_ns += time.perf_counter_ns() - began_ns
@@ -241,8 +280,11 @@ class Engine:
         low, high, fractions = self.model.min_bits, self.model.max_bits, self.model.has_sensitivity
         count, limit = len(sequence.tokens), sequence.max_tokens
         step = StepContext(phase, position, count, limit, low, high, features, fractions)
-        policy = sequence.request.policy
-        bits = policy.bits(step)
+        return self._readable(sequence.request.policy, sequence.request.policy.bits(step))
+
+    def _readable(self, policy: PrecisionPolicy, bits: float) -> float:
+        """Bits that a policy gave, an int where they are whole; refuses what the model does not hold."""
+        low, high, fractions = self.model.min_bits, self.model.max_bits, self.model.has_sensitivity
         if not isinstance(bits, Real) or not low <= bits <= high:
             raise UsageError(
                 f"policy {policy.name!r} gave {bits!r} bits; this model holds {describe_widths(low, high)}",

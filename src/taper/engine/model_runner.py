@@ -23,6 +23,10 @@ class Cache(Protocol):
         """Bytes that attention over `num_tokens` entries reads."""
         ...
 
+    def truncate(self, num_tokens: int) -> None:
+        """Keep the first `num_tokens` entries."""
+        ...
+
 
 class Model(Protocol):
     """A decoder, as the engine sees it (`taper.models.Decoder`)."""
@@ -68,6 +72,11 @@ class ModelRunner:
         self._weight_bytes: dict[float, int] = {}
 
     @property
+    def min_bits(self) -> int:
+        """Least width that the model can be read at."""
+        return self._model.min_bits
+
+    @property
     def position(self) -> int:
         """Of the next token."""
         assert self._cache is not None
@@ -85,6 +94,17 @@ class ModelRunner:
         assert logits is not None
         row: NDArray[np.float32] = logits[0]
         return row
+
+    def verify(self, tokens: SequenceOf[int], bits: float) -> NDArray[np.float32]:
+        """Run a generated token and drafts behind it; the logits after each of them, (tokens, vocab)."""
+        logits = self._model.forward(np.asarray(tokens, np.int32), self._cache, bits, "all")
+        assert logits is not None
+        return logits
+
+    def truncate(self, position: int) -> None:
+        """Drop the KV entries from `position` on."""
+        assert self._cache is not None
+        self._cache.truncate(position)
 
     def bytes_of_last_pass(self, bits: float) -> int:
         """Bytes that the pass before this call read: weights, and the KV entries up to its last token."""

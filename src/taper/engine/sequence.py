@@ -32,6 +32,8 @@ class Sequence:
         num_prefilled: prompt tokens in the KV cache.
         prefill_ns, decode_ns: time in the engine; the first token's draw counts as prefill.
         prefill_bytes, decode_bytes: weights and KV entries that the passes read.
+        num_decode_passes: after the prompt, those of drafts left out.
+        num_draft_passes, num_drafted, num_accepted: passes that drafted, drafts, and drafts that were drawn.
     """
 
     request: Request
@@ -53,6 +55,10 @@ class Sequence:
     decode_ns: int = 0
     prefill_bytes: int = 0
     decode_bytes: int = 0
+    num_decode_passes: int = 0
+    num_draft_passes: int = 0
+    num_drafted: int = 0
+    num_accepted: int = 0
 
     def append(self, token: SampledToken, bits: float) -> str:
         """Take a drawn token, decide whether it ends the output, and return the text that may be shown."""
