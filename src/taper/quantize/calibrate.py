@@ -6,6 +6,8 @@ bounded by tokens x hidden plus one layer however deep the model is.
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -170,15 +172,47 @@ class Moments:
 def _symmetric(square: Float32) -> Float64:
     """The mean of a square matrix and its transpose; by parts, as whole columns would miss the cache."""
     mean = np.empty(square.shape)
-    for rows in _parts(len(square)):
+
+    def add(rows: slice) -> None:
         for columns in _parts(len(square)):
-            np.add(square[rows, columns], square[columns, rows].T, out=mean[rows, columns], dtype=np.float64)
-    mean *= 0.5
+            part = mean[rows, columns]
+            np.add(square[rows, columns], square[columns, rows].T, out=part, dtype=np.float64)
+            part *= 0.5
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(add, _parts(len(square))))
     return mean
 
 
 def _parts(size: int) -> list[slice]:
     return [slice(begin, begin + _PART) for begin in range(0, size, _PART)]
+
+
+class LayerReader:
+    """Reads matrices in float32, those of a layer once: calibration, balance and solver want them in turn.
+
+    Args:
+        checkpoint: the float model.
+    """
+
+    def __init__(self, checkpoint: HfCheckpoint) -> None:
+        self.sources = {source.name: source for source in matrix_sources(checkpoint.config)}
+        self._checkpoint = checkpoint
+        self._layer = ""
+        self._kept: dict[str, tuple[Float32, Float32 | None]] = {}
+
+    def __call__(self, name: str) -> tuple[Float32, Float32 | None]:
+        """A matrix and its bias, as `read_matrix`; not to be changed. The layer before is forgotten."""
+        layer = name.rpartition(".")[0]
+        if layer != self._layer:
+            self._kept.clear()
+            self._layer = layer
+        if name in self._kept:
+            return self._kept[name]
+        found = read_matrix(self._checkpoint, self.sources[name])
+        if layer:  # embedding and head are of no layer, large, and wanted once or twice
+            self._kept[name] = found
+        return found
 
 
 class CalibrationRun:
@@ -187,12 +221,13 @@ class CalibrationRun:
     Args:
         checkpoint: the float model.
         tokens: int32 (sequences, tokens).
+        read: of the same checkpoint, where others read its layers, too.
     """
 
-    def __init__(self, checkpoint: HfCheckpoint, tokens: Int32) -> None:
+    def __init__(self, checkpoint: HfCheckpoint, tokens: Int32, read: LayerReader | None = None) -> None:
         self._checkpoint = checkpoint
         self._config = checkpoint.config
-        self._sources = {source.name: source for source in matrix_sources(self._config)}
+        self._read = read or LayerReader(checkpoint)
         self._rope = Rope(self._config)
         self._tokens = tokens
         self._hidden: Float32 | None = None
@@ -213,7 +248,7 @@ class CalibrationRun:
         block, moments = self._block(index, attention), {}
         for name in (f"layers.{index}.{part}" for part in LAYER_MATRICES):
             if observe:
-                moments[name] = Moments.empty(self._sources[name].in_features)
+                moments[name] = Moments.empty(self._read.sources[name].in_features)
         step = Step(0, cos, sin, FLOAT_BITS, (lambda name, x: moments[name].add(x)) if observe else None)
         cache = KvCache(1, self._config.num_kv_heads, length, self._config.head_dim, np.float32)
         for begin in range(0, len(hidden), _BATCH_SEQUENCES):
@@ -238,7 +273,7 @@ class CalibrationRun:
 
     def _hidden_states(self) -> Float32:
         if self._hidden is None:
-            embed, _ = read_matrix(self._checkpoint, self._sources["embed"])
+            embed, _ = self._read("embed")
             self._hidden = embed[self._tokens]
         return self._hidden
 
@@ -247,7 +282,7 @@ class CalibrationRun:
         name = f"layers.{index}"
 
         def linear(part: str, before: Before) -> FloatLinear:
-            return FloatLinear(*read_matrix(self._checkpoint, self._sources[f"{name}.{part}"]), before)
+            return FloatLinear(*self._read(f"{name}.{part}"), before)
 
         return Block(
             name=name,

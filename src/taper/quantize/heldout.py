@@ -8,7 +8,7 @@ import numpy.typing as npt
 from taper.formats.huggingface import HfCheckpoint
 from taper.layers.linear import FloatLinear, Norm
 from taper.layers.rope import context_length
-from taper.models.families import read_final_norm, read_matrix
+from taper.models.families import read_final_norm
 from taper.models.parts import FLOAT_BITS
 from taper.quantize.calibrate import CHARACTERS_PER_TOKEN, SEQUENCE_TOKENS, CalibrationRun
 
@@ -60,7 +60,7 @@ class ReferenceRun(CalibrationRun):
         for index in range(self._config.num_layers):
             self.layer(index, observe=False)
         head = "embed" if self._config.tie_word_embeddings else "head"
-        weight, bias = read_matrix(self._checkpoint, self._sources[head])
+        weight, bias = self._read(head)
         norm = Norm(self._config.rms_norm_eps, read_final_norm(self._checkpoint))
         linear = FloatLinear(weight, bias, norm)
         rows = [np.ascontiguousarray(hidden[first - 1 : -1]) for hidden in self._hidden_states()]

@@ -20,9 +20,10 @@ from taper.formats.spec import FINAL_NORM, Codebook, MatrixSpec, PlanedMatrix, T
 from taper.formats.text import read_text
 from taper.formats.writer import write_taper
 from taper.kernels import pack_planes, rotate
-from taper.models.families import MatrixSource, matrix_sources, read_final_norm, read_matrix
+from taper.models.families import read_final_norm
+from taper.quantize.background import Background
 from taper.quantize.balance import Adjustment, balance_layer, balance_normed, width_offsets
-from taper.quantize.calibrate import CalibrationRun, Moments, generate_tokens, sample_tokens
+from taper.quantize.calibrate import CalibrationRun, LayerReader, Moments, generate_tokens, sample_tokens
 from taper.quantize.codebook import NestedCodebook
 from taper.quantize.finish import finish
 from taper.quantize.fisher_file import FisherFile
@@ -204,7 +205,8 @@ class _Job:
     meter: Meter
     tables: frozenset[str] = field(init=False)
     specs: list[MatrixSpec] = field(init=False)
-    sources: dict[str, MatrixSource] = field(init=False)
+    read: LayerReader = field(init=False)
+    finishing: Background = field(init=False)
 
     def __post_init__(self) -> None:
         method = self.options.method
@@ -212,7 +214,8 @@ class _Job:
         self.tables = frozenset(names if method.has_tables else ())
         specs = expected_matrices(self.checkpoint.config, rotated=method.rotated, tables=self.tables)
         self.specs = [self._flagged(spec) for spec in specs]
-        self.sources = {source.name: source for source in matrix_sources(self.checkpoint.config)}
+        self.read = LayerReader(self.checkpoint)
+        self.finishing = Background()
 
     def _flagged(self, spec: MatrixSpec) -> MatrixSpec:
         # A look-up has no input to scale or to centre; it shares a tied head's.
@@ -235,7 +238,11 @@ class _Job:
         for spec in self.specs:
             if self.shards.holds(spec.name):
                 self.meter.find(spec)
-        walk = CalibrationRun(self.checkpoint, self.tokens)
+        with self.finishing:
+            self._run()
+
+    def _run(self) -> None:
+        walk = CalibrationRun(self.checkpoint, self.tokens, self.read)
         config = self.checkpoint.config
         head = "embed" if config.tie_word_embeddings else "head"
         if not config.tie_word_embeddings:
@@ -259,7 +266,7 @@ class _Job:
             )
 
     def _read(self, name: str) -> Float32:
-        return read_matrix(self.checkpoint, self.sources[name])[0]
+        return self.read(name)[0]
 
     def _moments(
         self, spec: MatrixSpec, moments: Moments | None, adjustment: Adjustment
@@ -282,7 +289,7 @@ class _Job:
         if self.shards.holds(name):
             return
         self.meter.advance("solve", name, 0)
-        weights, bias = read_matrix(self.checkpoint, self.sources[name])
+        weights, bias = self.read(name)
         rotated = rotate(np.ascontiguousarray(adjustment.apply(weights)), self._signs(spec), spec.block)
         second, mean = self._moments(spec, moments, adjustment)
         before = 0
@@ -293,11 +300,25 @@ class _Job:
             before = rows
 
         fisher = self.options.fisher
-        figures = None if fisher is None else fisher.matrix(self.sources[name])
+        figures = None if fisher is None else fisher.matrix(self.read.sources[name])
         problem = MatrixProblem(rotated, second, figures)
         made = quantize_matrix(
             problem, self.codebook, self.options.method, self.options.solver, self.options.seed, on_rows
         )
+        if bias is not None and adjustment.rows is not None:
+            bias = bias * adjustment.rows
+        self.finishing.submit(lambda: self._finish(spec, adjustment, rotated, mean, made, bias))
+
+    def _finish(
+        self,
+        spec: MatrixSpec,
+        adjustment: Adjustment,
+        rotated: Float32,
+        mean: Float32,
+        made: QuantizedMatrix,
+        bias: Float32 | None,
+    ) -> None:
+        """Keep a solved matrix."""
         planes = pack_planes(made.codes, self.codebook.max_bits)
         extras = made.extras()
         if spec.has_gain and adjustment.gain is not None:
@@ -305,8 +326,8 @@ class _Job:
         if spec.has_offsets:
             extras["offsets"] = self._offsets(rotated, made, mean)
         if bias is not None:
-            extras["bias"] = bias if adjustment.rows is None else bias * adjustment.rows
-        self.shards.save(name, planes, made.scales, made.relative_errors, extras)
+            extras["bias"] = bias
+        self.shards.save(spec.name, planes, made.scales, made.relative_errors, extras)
 
     def _offsets(self, weights: Float32, made: QuantizedMatrix, mean: Float32) -> NDArray[np.float16]:
         """The bias of each width, float16 (levels, out_features)."""
