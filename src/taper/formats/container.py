@@ -21,6 +21,7 @@ from taper.formats.spec import (
     DIGEST_DIGITS,
     F32,
     I8,
+    MAX_BITS,
     U8,
     Codebook,
     MatrixSpec,
@@ -44,17 +45,19 @@ _HASH_CHUNK_BYTES = 1 << 20
 class TaperFile:
     """An open `.taper` file. Arrays are read-only views of the map and keep it alive.
 
-    A file that is cut off opens with the planes that it holds whole: `max_bits` counts those, `total_bits`
-    the planes that the header names.
+    A file that is cut off opens with the planes that it holds whole, and any file with no more than it is
+    asked for: `max_bits` counts those, `total_bits` the planes that the header names.
     """
 
-    def __init__(self, path: Path, frame: SafetensorsHeader, header: TaperHeader) -> None:
+    def __init__(
+        self, path: Path, frame: SafetensorsHeader, header: TaperHeader, max_bits: int = MAX_BITS
+    ) -> None:
         self.path = path
         self.total_bits = header.max_bits
         self.matrices: list[MatrixSpec] = header.matrices
         # The raw header with the tokenizer's text is megabytes; nothing needs it twice.
         self._frame = replace(frame, raw=b"", metadata={})
-        self.max_bits = self._whole_planes()
+        self.max_bits = min(self._whole_planes(), max_bits)
         self._header = _usable(path, header, self.max_bits)
         self.matrices = self._header.matrices
         self._data = _map(path)
@@ -68,8 +71,13 @@ class TaperFile:
                 _check_outliers(path, spec, outliers)
 
     @classmethod
-    def open(cls, path: str | Path, verify: bool = False) -> TaperFile:
+    def open(cls, path: str | Path, verify: bool = False, max_bits: int = MAX_BITS) -> TaperFile:
         """Open and check a file. The header's checksum is always compared, the tensors' only with `verify`.
+
+        Args:
+            path: the file.
+            verify: read it once and compare every checksum.
+            max_bits: open it as if it were cut after so many planes.
 
         Raises:
             ModelNotFoundError: no such file, or another format.
@@ -82,7 +90,7 @@ class TaperFile:
                 hint=f"make a file of a Hugging Face checkpoint: taper quantize {path} -o FILE.taper",
             )
         frame = read_header(path)
-        file = cls(path, frame, validate(path, frame))
+        file = cls(path, frame, validate(path, frame), max_bits)
         if verify and (damaged := file.verify()):
             raise CorruptFileError(
                 f"{path}: the bytes of {_some(damaged)} do not match their checksums",
@@ -167,6 +175,13 @@ class TaperFile:
         last = next(name for name in names if name in self._frame.entries)
         return self._frame.data_begin + self._frame.entries[last].end
 
+    def memory_at(self, bits: int) -> int:
+        """Bytes that the model keeps in memory at `bits`: those of `bytes_at`, and the embedding's other
+        planes, of which every look-up reads a row."""
+        others = (f"embed.plane{plane}" for plane in range(bits, self.total_bits))
+        rows = sum(self._frame.entries[name].num_bytes for name in others if name in self._frame.entries)
+        return self.bytes_at(bits) + rows
+
     @property
     def unplaned_bytes(self) -> int:
         """Bytes before the planes: header, scales, signs, biases, norm. Every reading needs them."""
@@ -222,6 +237,19 @@ class TaperFile:
                     damaged.append(entry.name)
         return damaged
 
+    def release_planes(self, above_bits: int) -> None:
+        """Give back the memory that the planes above a width take in this process.
+
+        They stay readable: what is touched again comes back from the page cache, where the system keeps it
+        as long as nothing else needs the room, or from the disk. Does nothing where the system has no
+        `madvise`.
+        """
+        self._advise("MADV_DONTNEED", above_bits, self.max_bits)
+
+    def restore_planes(self, bits: int) -> None:
+        """Ask the system to read the planes up to a width ahead of their use."""
+        self._advise("MADV_WILLNEED", self.min_bits, bits)
+
     def notice(self) -> str | None:
         """One line for people when the file is cut off, else None."""
         if not self.is_truncated:
@@ -230,6 +258,14 @@ class TaperFile:
             f"file is cut off at {self.file_bytes:,} of {self.total_bytes:,} bytes: {self.max_bits} of "
             f"{self.total_bits} planes are whole; running at up to {self.max_bits} bits"
         )
+
+    def _advise(self, advice: str, low_bits: int, high_bits: int) -> None:
+        """Advise the system about the pages of the planes above `low_bits` up to `high_bits`; a page that a
+        lower plane shares is left alone."""
+        begin = -(-self.bytes_at(low_bits) // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = self.bytes_at(high_bits) - begin
+        if hasattr(mmap, advice) and length > 0:
+            self._data.madvise(getattr(mmap, advice), begin, length)
 
     def _outliers(self, name: str) -> OutlierRows | None:
         if f"{name}.outliers.starts" not in self._frame.entries:
