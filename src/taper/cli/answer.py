@@ -45,12 +45,13 @@ def show(answer: Iterable[StepOutput], show_bits: bool, prompt: str = "") -> Non
 
 
 def closing_line(completion: Completion) -> str:
-    """Counts, speeds, bits, bytes and memory in one line."""
+    """Counts, speeds, bits and their limits, bytes and memory in one line."""
     usage = completion.usage
     parts = [
         f"prompt {_tokens(usage.num_prompt_tokens)} at {usage.prefill_tokens_per_s:.1f} tok/s",
         f"generated {_tokens(usage.num_completion_tokens)} at {usage.decode_tokens_per_s:.1f} tok/s",
         f"{usage.average_bits:.2f} bits on average",
+        *_limits(completion),
         f"{file_size(usage.bytes_per_token)} read per token",
         f"peak memory {memory_size(usage.peak_memory_bytes)}",
     ]
@@ -59,6 +60,17 @@ def closing_line(completion: Completion) -> str:
         accepted = usage.num_accepted_tokens / usage.num_drafted_tokens
         parts.insert(2, f"{accepted:.0%} of drafts accepted, {per_pass:.2f} tokens a pass")
     return " · ".join(parts)
+
+
+def _limits(completion: Completion) -> list[str]:
+    """At which token more or fewer planes were there, and where the KV cache was written again."""
+    texts = []
+    if completion.ceilings:
+        (_, first), *later = completion.ceilings
+        changes = "".join(f", {bits} from token {token}" for token, bits in later)
+        texts.append(f"at most {first} bits{changes}")
+    texts += [f"prompt read again at {bits:g} bits before token {n}" for n, bits in completion.refreshes]
+    return texts
 
 
 def _legend(counts: Counter[float]) -> str:

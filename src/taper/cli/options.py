@@ -46,6 +46,16 @@ class FileSize(click.ParamType[int]):
         return int(float(found[1]) * _UNITS[(found[2] or "").upper()])
 
 
+class MemoryBudgetSize(click.ParamType["int | str"]):
+    """A size, or `auto`."""
+
+    name = "SIZE|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        """Bytes, or `auto` as it is."""
+        return "auto" if value == "auto" else FILE_SIZE.convert(value, param, ctx)
+
+
 class Share(click.ParamType[float]):
     """A share in percent or as a number of at most 1, as in 2% or 0.02."""
 
@@ -63,6 +73,7 @@ class Share(click.ParamType[float]):
 
 
 FILE_SIZE = FileSize()
+MEMORY_BUDGET = MemoryBudgetSize()
 SHARE = Share()
 _UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 

@@ -8,13 +8,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from taper.cli.answer import closing_line, show
-from taper.cli.options import json_option, model_path, set_threads, threads_option
-from taper.cli.terminal import note
+from taper.cli.options import MEMORY_BUDGET, json_option, model_path, set_threads, threads_option
+from taper.cli.terminal import note, waiting_line
 from taper.errors import DoesNotFitError, ModelNotFoundError, UsageError
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ class RunOptions:
     stop: tuple[str, ...]
     show_bits: bool
     sampling: dict[str, Any]
+    refresh: bool = False
+    allow_lower_bits: bool = False
 
 
 def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -82,6 +84,20 @@ def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @sampling_options
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; repeatable.")
 @click.option("--show-bits", is_flag=True, help="Colour every token by the bits it was decoded with.")
+@click.option(
+    "--progressive-load/--no-progressive-load",
+    "progressive_load",
+    default=None,
+    help="Answer as soon as the first planes are read; default: unless policy, bits, seed or json are given.",
+)
+@click.option(
+    "--refresh", is_flag=True, help="Read the prompt again once the planes that were missing have arrived."
+)
+@click.option(
+    "--memory-budget",
+    type=MEMORY_BUDGET,
+    help="For weights and KV cache: fewer bits where they do not fit; auto: by the system's pressure.",
+)
 @threads_option
 @json_option
 def command(
@@ -92,6 +108,9 @@ def command(
     ctx_size: int | None,
     stop: tuple[str, ...],
     show_bits: bool,
+    progressive_load: bool | None,
+    refresh: bool,
+    memory_budget: int | Literal["auto"] | None,
     threads: int | None,
     as_json: bool,
     **sampling: Any,
@@ -114,15 +133,18 @@ def command(
     prompt = _piped_prompt() if prompt is None else prompt
     if prompt is None and as_json:
         raise UsageError("--json needs a prompt", hint='give one: taper run MODEL "PROMPT" --json')
-    from taper.engine import load
-
     set_threads(threads)
-    llm = load(model_path(model))
-    note(llm.notice)
     asked = f"fixed:{bits:.9g}" if bits is not None else policy
-    options = RunOptions(asked, max_tokens, ctx_size, stop, show_bits, sampling)
+    if progressive_load is None:
+        # What is given a policy or a seed, or read by a program, must not depend on the speed of a disk.
+        progressive_load = asked is None and sampling["seed"] is None and not as_json
+    llm = _load(model, progressive_load, memory_budget)
+    options = RunOptions(
+        asked, max_tokens, ctx_size, stop, show_bits, sampling, refresh, memory_budget is not None
+    )
     try:
         _answer(llm, options, prompt, as_json)
+        note(llm.arrival and llm.arrival.problem)
     finally:
         llm.close()
 
@@ -136,7 +158,7 @@ def split_arguments(arguments: tuple[str, ...]) -> tuple[str | None, str | None]
     if len(arguments) != 1:
         return (arguments[0], arguments[1]) if arguments else (None, None)
     only = arguments[0]
-    if _exists(only):
+    if _exists(only) or _exists(only + ".part"):
         return only, None
     has_ending = only.lower().endswith(_MODEL_SUFFIXES)
     if not any(c.isspace() for c in only) and ("/" in only or "\\" in only or has_ending):
@@ -164,6 +186,8 @@ def complete(
         policy=options.policy,
         max_tokens=_max_tokens(llm, options, len(ids)),
         stop=options.stop,
+        refresh=options.refresh,
+        allow_lower_bits=options.allow_lower_bits,
         **options.sampling,
     )
     with stream:
@@ -186,8 +210,20 @@ def as_record(completion: Completion) -> dict[str, Any]:
             {"id": token, "bits": bits}
             for token, bits in zip(completion.token_ids, completion.bits, strict=True)
         ],
+        "ceilings": [{"token": token, "bits": bits} for token, bits in completion.ceilings],
+        "refreshes": [{"token": token, "bits": bits} for token, bits in completion.refreshes],
         "usage": dataclasses.asdict(completion.usage),
     }
+
+
+def _load(model: str | None, progressive: bool, memory_budget: int | Literal["auto"] | None) -> LLM:
+    """Load the model, and say on a terminal what is being waited for."""
+    from taper.engine import load
+
+    with waiting_line("waiting for the first planes") as update:
+        llm = load(model_path(model), progressive=progressive, memory_budget=memory_budget, waiting=update)
+    note(llm.notice)
+    return llm
 
 
 def _answer(llm: LLM, options: RunOptions, prompt: str | None, as_json: bool) -> None:

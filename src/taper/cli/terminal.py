@@ -71,6 +71,25 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 @contextlib.contextmanager
+def waiting_line(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A line on stderr that update(bytes there, bytes needed) writes over, gone at the end; silent off a
+    terminal. Not the bar below: most loads wait for nothing, and rich takes longer to import than they."""
+    is_shown = False
+
+    def update(there: int, needed: int) -> None:
+        nonlocal is_shown
+        if sys.stderr.isatty():
+            is_shown = True
+            click.echo(f"\r{label}: {file_size(there)} of {file_size(needed)}  ", nl=False, err=True)
+
+    try:
+        yield update
+    finally:
+        if is_shown:
+            click.echo("\r\x1b[K", nl=False, err=True)
+
+
+@contextlib.contextmanager
 def progress_bar(label: str) -> Iterator[Callable[[str, float, float | None], None]]:
     """A bar on stderr, moved by update(what, done fraction, seconds left); silent off a terminal."""
     if not sys.stderr.isatty():

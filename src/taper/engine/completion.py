@@ -88,6 +88,9 @@ class Completion:
         policy: the policy's name.
         seed: of the draws; the same request with it gives the same tokens.
         usage: counts, times, bytes.
+        ceilings: where passes were limited by what had arrived or fitted: (tokens drawn, most bits) at the
+            first pass and at each change.
+        refreshes: (tokens drawn, bits) where the KV cache was written again.
     """
 
     text: str
@@ -101,6 +104,8 @@ class Completion:
     policy: str
     seed: int
     usage: Usage
+    ceilings: tuple[tuple[int, int], ...] = ()
+    refreshes: tuple[tuple[int, float], ...] = ()
 
 
 def completion_of(sequence: Sequence) -> Completion:
@@ -119,6 +124,8 @@ def completion_of(sequence: Sequence) -> Completion:
         policy=sequence.request.policy.name,
         seed=sequence.seed,
         usage=usage_of(sequence),
+        ceilings=tuple(sequence.ceilings),
+        refreshes=tuple(sequence.refreshes),
     )
 
 

@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 
 from taper.engine.completion import Completion, StepOutput, completion_of
 from taper.engine.drafting import AdaptivePlanner, Planner
+from taper.engine.limits import Limits
 from taper.engine.model_runner import Model, ModelRunner
+from taper.engine.refresh import is_due, refresh
 from taper.engine.request import Request
 from taper.engine.sampler import Sampler, logit_features
 from taper.engine.sequence import Sequence
@@ -86,6 +88,7 @@ class Engine:
         tokenizer: of the model; without one prompts are token ids and outputs have no text.
         prefill_chunk_tokens: prompt tokens in one pass.
         planner_of: makes what chooses the drafts of an exact policy, once for all its requests.
+        limits: planes that a pass may read: those that have arrived and fit a budget; None sets no limit.
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class Engine:
         tokenizer: Tokenizer | None,
         prefill_chunk_tokens: int = PREFILL_CHUNK_TOKENS,
         planner_of: Callable[[Exact], Planner] = AdaptivePlanner,
+        limits: Limits | None = None,
     ) -> None:
         if prefill_chunk_tokens < 1:
             raise UsageError(f"prefill_chunk_tokens is {prefill_chunk_tokens}; it must be at least 1")
@@ -101,6 +105,7 @@ class Engine:
         self.tokenizer = tokenizer
         self._prefill_chunk_tokens = prefill_chunk_tokens
         self.planner_of = lru_cache(maxsize=_MAX_PLANNERS)(planner_of)
+        self.limits = Limits() if limits is None else limits
 
     def stream(self, request: Request) -> TokenStream:
         """Check a request and return its tokens; the work is done as they are taken.
@@ -109,7 +114,8 @@ class Engine:
             UsageError: an empty prompt, a token outside the vocabulary, text or stop strings without a
                 tokenizer, sampling parameters that do not fit the vocabulary; while it runs: a policy that
                 gives bits outside the model.
-            DoesNotFitError: prompt and output are longer than the context; nothing is ever cut off.
+            DoesNotFitError: prompt and output are longer than the context; nothing is ever cut off. While it
+                runs: the memory budget has no room for it.
         """
         sequence = self._sequence(request)
         return TokenStream(sequence, self._steps(sequence))
@@ -200,8 +206,10 @@ class Engine:
         sequence.state = "running"
         try:
             runner = ModelRunner(self.model, len(sequence.prompt_ids) + sequence.max_tokens)
+            self.limits.admit(sequence, runner.kv_bytes)
             yield from self._run(sequence, runner)
         finally:
+            self.limits.leave(sequence)
             if runner is not None:
                 runner.release()
             sequence.finish("abort")
@@ -220,6 +228,8 @@ class Engine:
             if isinstance(sequence.request.policy, Exact):
                 yield from self._speculator(sequence, runner, sequence.request.policy).steps()
                 return
+            if is_due(sequence, self.limits):
+                refresh(sequence, runner, self._prefill_chunk_tokens)
             output = self._decode(sequence, runner, logits)
 
     def _speculator(self, sequence: Sequence, runner: ModelRunner, policy: Exact) -> Speculator:
@@ -276,7 +286,7 @@ class Engine:
         position: int,
         features: Callable[[], LogitFeatures] | None,
     ) -> float:
-        """Ask the policy, and refuse an answer that the model does not hold."""
+        """Ask the policy, refuse an answer that the model does not hold, and keep it within the limits."""
         low, high, fractions = self.model.min_bits, self.model.max_bits, self.model.has_sensitivity
         count, limit = len(sequence.tokens), sequence.max_tokens
         step = StepContext(phase, position, count, limit, low, high, features, fractions)
@@ -296,4 +306,4 @@ class Engine:
                 f"policy {policy.name!r} gave {bits!r} bits; a fraction needs a file with sensitivity",
                 "choose whole numbers, or measure it: taper allocate FILE --text TEXT",
             )
-        return whole
+        return self.limits.clamp(sequence, phase, whole)

@@ -6,15 +6,19 @@ import importlib.resources
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from taper.config import ModelConfig
 from taper.engine.completion import Completion
 from taper.engine.engine import Engine, TokenStream
+from taper.engine.limits import Limits
+from taper.engine.loading import ArrivingDecoder, begun_arrival
+from taper.engine.memory_budget import MemoryBudget, Planes, PressureGauge
 from taper.engine.model_runner import Model
 from taper.engine.request import Request
 from taper.engine.sampling_params import SamplingParams
 from taper.errors import ModelNotFoundError, UsageError
+from taper.formats.arrival import Progress
 from taper.formats.container import TaperFile
 from taper.formats.huggingface import HfCheckpoint
 from taper.models import Decoder
@@ -37,6 +41,7 @@ class LLM:
         policies: policy texts that the model's file names; `default`, where present, is used when none is
             asked for.
         notice: what the user should know about the file, such as that it is cut short.
+        limits: as in `Engine`.
     """
 
     def __init__(
@@ -46,8 +51,10 @@ class LLM:
         chat_template: str | None = None,
         policies: Mapping[str, str] | None = None,
         notice: str | None = None,
+        limits: Limits | None = None,
     ) -> None:
-        self.engine = Engine(model, None if tokenizer_json is None else Tokenizer(tokenizer_json))
+        tokenizer = None if tokenizer_json is None else Tokenizer(tokenizer_json)
+        self.engine = Engine(model, tokenizer, limits=limits)
         self.policies = dict(policies or {})
         self.notice = notice
         self._template = ChatTemplate(chat_template, self._template_variables()) if chat_template else None
@@ -148,10 +155,18 @@ class LLM:
         text = self.policies.get(policy, policy)
         return parse_policy(text, self.min_bits, self.max_bits, self.engine.model.has_sensitivity)
 
+    @property
+    def arrival(self) -> ArrivingDecoder | None:
+        """The decoder of a file that was still arriving when it was loaded, else None."""
+        model = self.engine.model
+        return model if isinstance(model, ArrivingDecoder) else None
+
     def close(self) -> None:
-        """End the helper process of the chat template, if one runs."""
+        """End the helper process of the chat template, if one runs, and read no more of an arriving file."""
         if self._template is not None:
             self._template.close()
+        if self.arrival is not None:
+            self.arrival.close()
 
     def _template_variables(self) -> dict[str, str]:
         """The special tokens that chat templates refer to."""
@@ -163,25 +178,62 @@ class LLM:
         return {name: tokenizer.token(i) or "" for name, i in ids.items() if i is not None}
 
 
-def load(source: str | Path | None = None, *, verify: bool = False) -> LLM:
+def load(
+    source: str | Path | None = None,
+    *,
+    verify: bool = False,
+    progressive: bool = False,
+    memory_budget: int | Literal["auto"] | None = None,
+    waiting: Progress = lambda there, needed: None,
+) -> LLM:
     """Load a model.
 
     Args:
         source: a `.taper` file, a Hugging Face folder (run in float32), or None for the model in the package.
-        verify: read a `.taper` file once and compare every checksum first.
+        verify: read a `.taper` file once and compare every checksum first; with `progressive`, compare those
+            of each plane before it is used.
+        progressive: return as soon as the first planes are in memory, and let the width rise as later ones
+            arrive from the disk or, where the file (or SOURCE.part) is still being written, from its writer.
+            What is generated meanwhile depends on the disk; records say the bits.
+        memory_budget: bytes for weights and KV caches together; `auto` watches the system's memory instead.
+            Planes above what fits are not kept in memory; a request that wants them is refused or, with
+            `allow_lower_bits`, gets fewer bits.
+        waiting: called with the bytes that are there and those that the first planes need.
 
     Raises:
         ModelNotFoundError: nothing there, or no model.
         CorruptFileError: a file that contradicts itself or, with `verify`, its checksums.
         UsageError: a model that Taper does not support.
+        DoesNotFitError: the budget has no room for the weights at the least width.
     """
     path = embedded_model() if source is None else Path(source)
     if path.is_dir():
+        if memory_budget is not None:
+            raise UsageError(
+                f"{path} is a folder: it has one width to run at", "a budget needs a .taper file"
+            )
         checkpoint = HfCheckpoint.open(path)
         return LLM(Decoder.from_hf(checkpoint), checkpoint.tokenizer_json, checkpoint.chat_template)
-    file = TaperFile.open(path, verify=verify)
+    arrival = begun_arrival(path, verify, waiting) if progressive else None
+    if arrival is not None and not arrival.is_whole:
+        arriving = ArrivingDecoder(arrival)
+        limits = Limits(lambda: arriving.available_bits, _budget(arriving.file, arriving, memory_budget))
+        arriving.follow()
+        file = arriving.file
+        return LLM(arriving, file.tokenizer_json, file.chat_template, file.policies, limits=limits)
+    file = TaperFile.open(path, verify=verify) if arrival is None else arrival.open()
+    limits = Limits(budget=_budget(file, file, memory_budget))
     decoder = Decoder.from_taper(file)
-    return LLM(decoder, file.tokenizer_json, file.chat_template, file.policies, file.notice())
+    return LLM(decoder, file.tokenizer_json, file.chat_template, file.policies, file.notice(), limits)
+
+
+def _budget(file: TaperFile, planes: Planes, total: int | Literal["auto"] | None) -> MemoryBudget | None:
+    if total is None:
+        return None
+    widths = range(file.min_bits, file.total_bits + 1)
+    gauge = PressureGauge(widths[0], widths[-1]) if total == "auto" else None
+    total_bytes = None if total == "auto" else total
+    return MemoryBudget({bits: file.memory_at(bits) for bits in widths}, planes, total_bytes, gauge)
 
 
 def embedded_model() -> Path:

@@ -66,6 +66,7 @@ class ModelRunner:
 
     def __init__(self, model: Model, num_tokens: int) -> None:
         self._model = model
+        self._num_tokens = num_tokens
         self._cache: Cache | None = model.new_cache(num_tokens)
         # Asked once a width: the sum over all matrices would cost more than a decode step of a small model's
         # layer.
@@ -81,6 +82,17 @@ class ModelRunner:
         """Of the next token."""
         assert self._cache is not None
         return self._cache.num_tokens
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the KV cache when it is full."""
+        assert self._cache is not None
+        return self._cache.bytes_read(self._num_tokens)
+
+    def rewind(self) -> None:
+        """Forget every entry of the KV cache, to write them again."""
+        assert self._cache is not None
+        self._cache.truncate(0)
 
     def prefill(self, tokens: SequenceOf[int], bits: float, is_last: bool) -> NDArray[np.float32] | None:
         """Run a chunk of the prompt; logits, (vocab,), from its last token where it is the last chunk."""

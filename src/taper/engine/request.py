@@ -28,6 +28,10 @@ class Request:
             template already has them.
         allow_empty_prompt: take an empty prompt as the model's beginning-of-text token; without it, or for a
             model without that token, an empty prompt is refused.
+        allow_lower_bits: where the memory budget has no room for the policy's bits, take fewer; without it
+            the request is refused.
+        refresh: where the prompt had to be read with fewer bits than the policy wanted, because the file was
+            still arriving, read it and the answer so far again once those bits are there.
 
     Raises:
         UsageError: `max_tokens` below 1.
@@ -42,6 +46,8 @@ class Request:
     ignore_eos: bool = False
     special_tokens: bool = True
     allow_empty_prompt: bool = False
+    allow_lower_bits: bool = False
+    refresh: bool = False
     _cancelled: threading.Event = field(default_factory=threading.Event, repr=False, compare=False)
 
     def __post_init__(self) -> None:

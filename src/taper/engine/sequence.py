@@ -34,6 +34,9 @@ class Sequence:
         prefill_bytes, decode_bytes: weights and KV entries that the passes read.
         num_decode_passes: after the prompt, those of drafts left out.
         num_draft_passes, num_drafted, num_accepted: passes that drafted, drafts, and drafts that were drawn.
+        ceilings: where passes are limited: (tokens drawn, most bits) at the first pass and at each change.
+        missed_bits: what the policy wanted for the prompt where that was more than it got.
+        refreshes: (tokens drawn, bits) where the KV cache was written again.
     """
 
     request: Request
@@ -59,6 +62,9 @@ class Sequence:
     num_draft_passes: int = 0
     num_drafted: int = 0
     num_accepted: int = 0
+    ceilings: list[tuple[int, int]] = field(default_factory=list)
+    missed_bits: float = 0
+    refreshes: list[tuple[int, float]] = field(default_factory=list)
 
     def append(self, token: SampledToken, bits: float) -> str:
         """Take a drawn token, decide whether it ends the output, and return the text that may be shown."""
