@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import os
 import re
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 
 from taper.cli.run import split_arguments
 from taper.errors import ModelNotFoundError
+from taper.formats.container import TaperFile
 from taper.testing.tiny import tiny_hf_dir, tiny_taper
 
 GREEDY = ("--temperature", "0", "--max-tokens", "8")
@@ -116,8 +118,50 @@ def test_stop_text_ends_the_answer(taper, model):
 def test_cut_off_file_runs_with_a_notice(taper, cut_model):
     outcome = taper("run", cut_model, "a", *GREEDY)
     assert outcome.status == 0
+    assert "4 of 8 planes; more are used as they arrive" in outcome.err
+    assert "at most 4 bits" in outcome.err
+    outcome = taper("run", cut_model, "a", *GREEDY, "--no-progressive-load")
+    assert outcome.status == 0
     assert "note: file is cut off" in outcome.err
     assert taper("run", cut_model, "a", "--bits", "5").status == 2
+
+
+def test_a_file_cut_off_long_ago_is_called_so(taper, cut_model, tmp_path):
+    old = tmp_path / "old.taper"
+    old.write_bytes(cut_model.read_bytes())
+    os.utime(old, (0, 0))
+    outcome = taper("run", old, "a", *GREEDY)
+    assert outcome.status == 0
+    assert "note: file is cut off" in outcome.err
+
+
+def test_a_partial_file_is_found_by_the_name_that_it_will_have(taper, cut_model, tmp_path):
+    (tmp_path / "new.taper.part").write_bytes(cut_model.read_bytes())
+    assert taper("run", tmp_path / "new.taper", "a", *GREEDY).status == 0
+    outcome = taper("run", tmp_path / "new.taper", "a", *GREEDY, "--no-progressive-load")
+    assert outcome.status == 3
+
+
+@pytest.mark.parametrize("named", ["--bits 3", "--policy progressive", "--seed 1", "--json"])
+def test_what_is_named_does_not_depend_on_the_disk(taper, cut_model, named):
+    outcome = taper("run", cut_model, "a", *GREEDY, *named.split())
+    assert outcome.status == 0
+    assert "note: file is cut off" in outcome.err
+    outcome = taper("run", cut_model, "a", *GREEDY, *named.split(), "--progressive-load")
+    assert "more are used as they arrive" in outcome.err
+
+
+def test_memory_budget_lowers_the_bits_and_says_so(taper, model):
+    file = TaperFile.open(model)
+    budget = file.memory_at(5) + 10_000
+    record = run_json(taper, model, "the in", *GREEDY, "--policy", "phase:8/3", "--memory-budget", budget)
+    assert [token["bits"] for token in record["tokens"]] == [5] + [3] * 7
+    assert record["ceilings"] == [{"token": 0, "bits": 5}]
+    outcome = taper("run", model, "the in", *GREEDY, "--memory-budget", "10kB")
+    assert outcome.status == 4
+    assert "the memory budget is 0.0 MB" in outcome.err
+    assert taper("run", model, "the in", *GREEDY, "--memory-budget", "auto").status == 0
+    assert taper("run", model, "the in", *GREEDY, "--memory-budget", "much").status == 2
 
 
 def test_hugging_face_folder_runs(taper, tmp_path):
@@ -191,6 +235,10 @@ def test_chat_renders_the_turns_so_far(taper, tmp_path, at_terminal, monkeypatch
     outcome = taper("run", model, *GREEDY)
     assert outcome.status == 0
     assert outcome.err.count("generated") == 2
+    # Between the turns what has been said is rendered too, to be read ahead.
+    ahead = [messages for messages in rendered if messages[-1]["role"] == "assistant"]
+    rendered = [messages for messages in rendered if messages[-1]["role"] == "user"]
+    assert ahead[0] == rendered[1][:2]
     first_answer = rendered[1][1]
     assert rendered[0] == [{"role": "user", "content": "the in"}]
     assert rendered[1] == [rendered[0][0], first_answer, {"role": "user", "content": "and to"}]

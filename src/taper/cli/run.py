@@ -144,7 +144,7 @@ def command(
     )
     try:
         _answer(llm, options, prompt, as_json)
-        note(llm.arrival and llm.arrival.problem)
+        note(None if llm.arrival is None else llm.arrival.problem)
     finally:
         llm.close()
 

@@ -16,6 +16,7 @@ from taper.engine.completion import Completion, StepOutput, completion_of
 from taper.engine.drafting import AdaptivePlanner, Planner
 from taper.engine.limits import Limits
 from taper.engine.model_runner import Model, ModelRunner
+from taper.engine.prepared import PreparedPrompt
 from taper.engine.refresh import is_due, refresh
 from taper.engine.request import Request
 from taper.engine.sampler import Sampler, logit_features
@@ -39,6 +40,8 @@ Logits = NDArray[np.float32]
 # Rows of activations are what prefill adds to memory: 256 rows of the widest, 2 * 5632 floats in a 1.1 B
 # model, are 11.5 MB, a tenth of what the engine may use beside weights and KV cache.
 PREFILL_CHUNK_TOKENS = 256
+# Of a prompt that is read ahead: a user who presses return waits for one pass, 0.2 s of a 1.1 B model.
+IDLE_CHUNK_TOKENS = 32
 
 # Widths of exact mode whose measurements are kept from request to request, a few kilobytes each.
 _MAX_PLANNERS = 16
@@ -106,6 +109,7 @@ class Engine:
         self._prefill_chunk_tokens = prefill_chunk_tokens
         self.planner_of = lru_cache(maxsize=_MAX_PLANNERS)(planner_of)
         self.limits = Limits() if limits is None else limits
+        self._prepared: PreparedPrompt | None = None
 
     def stream(self, request: Request) -> TokenStream:
         """Check a request and return its tokens; the work is done as they are taken.
@@ -126,6 +130,30 @@ class Engine:
             for _ in stream:
                 pass
             return stream.completion()
+
+    def prepare(self, request: Request) -> bool:
+        """Read the beginning of a prompt ahead of its request, while there is nothing else to do.
+
+        The next request whose prompt begins like this one, and whose policy reads it at the same bits, takes
+        the KV cache over and answers with the same bytes as without. Cancelling `request` ends the work
+        before its next pass; what was read is kept. Not to be called while another request runs.
+
+        Returns:
+            Whether all of it is there, at the bits that the policy wants; False asks for another call when
+            more planes have arrived.
+
+        Raises:
+            What `stream` raises.
+        """
+        sequence = self._sequence(request)
+        bits = self._bits(sequence, "prefill", 0, None)
+        self.limits.leave(sequence)
+        ids = sequence.prompt_ids
+        if self._prepared is None or not self._prepared.matches(ids, bits):
+            self._prepared = PreparedPrompt(ids, bits, ModelRunner(self.model, self.model.context_length))
+        chunk_tokens = min(IDLE_CHUNK_TOKENS, self._prefill_chunk_tokens)
+        done = self._prepared.fill(chunk_tokens, lambda: request.is_cancelled)
+        return done and not sequence.missed_bits
 
     def _sequence(self, request: Request) -> Sequence:
         prompt_ids = self._prompt_ids(request)
@@ -205,7 +233,7 @@ class Engine:
         runner: ModelRunner | None = None
         sequence.state = "running"
         try:
-            runner = ModelRunner(self.model, len(sequence.prompt_ids) + sequence.max_tokens)
+            runner = self._runner(sequence)
             self.limits.admit(sequence, runner.kv_bytes)
             yield from self._run(sequence, runner)
         finally:
@@ -214,8 +242,16 @@ class Engine:
                 runner.release()
             sequence.finish("abort")
 
+    def _runner(self, sequence: Sequence) -> ModelRunner:
+        """A new KV cache, or the prepared one where it begins as this prompt does."""
+        num_tokens = len(sequence.prompt_ids) + sequence.max_tokens
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None and prepared.bits == self._bits(sequence, "prefill", 0, None):
+            return prepared.take(sequence.prompt_ids, num_tokens)
+        return ModelRunner(self.model, num_tokens)
+
     def _run(self, sequence: Sequence, runner: ModelRunner) -> Generator[StepOutput, None, None]:
-        for start in range(0, len(sequence.prompt_ids), self._prefill_chunk_tokens):
+        for start in range(runner.position, len(sequence.prompt_ids), self._prefill_chunk_tokens):
             if sequence.request.is_cancelled:
                 return
             output = self._prefill_chunk(sequence, runner, start)
@@ -290,7 +326,8 @@ class Engine:
         low, high, fractions = self.model.min_bits, self.model.max_bits, self.model.has_sensitivity
         count, limit = len(sequence.tokens), sequence.max_tokens
         step = StepContext(phase, position, count, limit, low, high, features, fractions)
-        return self._readable(sequence.request.policy, sequence.request.policy.bits(step))
+        policy = sequence.request.policy
+        return self.limits.clamp(sequence, phase, self._readable(policy, policy.bits(step)))
 
     def _readable(self, policy: PrecisionPolicy, bits: float) -> float:
         """Bits that a policy gave, an int where they are whole; refuses what the model does not hold."""
@@ -306,4 +343,4 @@ class Engine:
                 f"policy {policy.name!r} gave {bits!r} bits; a fraction needs a file with sensitivity",
                 "choose whole numbers, or measure it: taper allocate FILE --text TEXT",
             )
-        return self.limits.clamp(sequence, phase, whole)
+        return whole

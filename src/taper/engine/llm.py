@@ -216,11 +216,11 @@ def load(
         return LLM(Decoder.from_hf(checkpoint), checkpoint.tokenizer_json, checkpoint.chat_template)
     arrival = begun_arrival(path, verify, waiting) if progressive else None
     if arrival is not None and not arrival.is_whole:
-        arriving = ArrivingDecoder(arrival)
+        arriving, notice = ArrivingDecoder(arrival), arrival.notice()
         limits = Limits(lambda: arriving.available_bits, _budget(arriving.file, arriving, memory_budget))
         arriving.follow()
         file = arriving.file
-        return LLM(arriving, file.tokenizer_json, file.chat_template, file.policies, limits=limits)
+        return LLM(arriving, file.tokenizer_json, file.chat_template, file.policies, notice, limits)
     file = TaperFile.open(path, verify=verify) if arrival is None else arrival.open()
     limits = Limits(budget=_budget(file, file, memory_budget))
     decoder = Decoder.from_taper(file)

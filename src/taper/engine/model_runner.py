@@ -89,10 +89,14 @@ class ModelRunner:
         assert self._cache is not None
         return self._cache.bytes_read(self._num_tokens)
 
-    def rewind(self) -> None:
-        """Forget every entry of the KV cache, to write them again."""
+    def rewind(self, num_tokens: int = 0) -> None:
+        """Keep the first entries of the KV cache, to write the others again."""
         assert self._cache is not None
-        self._cache.truncate(0)
+        self._cache.truncate(num_tokens)
+
+    def expect(self, num_tokens: int) -> None:
+        """Count on so many tokens at most, of those that the cache was made for."""
+        self._num_tokens = num_tokens
 
     def prefill(self, tokens: SequenceOf[int], bits: float, is_last: bool) -> NDArray[np.float32] | None:
         """Run a chunk of the prompt; logits, (vocab,), from its last token where it is the last chunk."""

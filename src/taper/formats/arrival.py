@@ -134,7 +134,7 @@ class Arrival:
         while not self.can_run:
             if self.advance():
                 progress(self._position, self._ends.get(self._min_bits, self._position))
-            elif now() - os.fstat(self._file.fileno()).st_mtime > STALL_S:
+            elif self._has_stalled(now()):
                 TaperFile.open(self.path)  # says where it is cut off
             else:
                 sleep(POLL_S)
@@ -142,6 +142,18 @@ class Arrival:
     def open(self) -> TaperFile:
         """The file with the planes that are available."""
         return TaperFile.open(self.path, max_bits=self.available_bits)
+
+    def notice(self) -> str | None:
+        """One line for people where the file is shorter than its header says, else None."""
+        size = os.fstat(self._file.fileno()).st_size
+        if size >= self._total_bytes:
+            return None
+        if self._has_stalled(time.time()):
+            return self.open().notice()
+        return (
+            f"{size:,} of {self._total_bytes:,} bytes are there, {self.available_bits} of {len(self._ends)} "
+            "planes; more are used as they arrive"
+        )
 
     def close(self) -> None:
         """Read no more."""
@@ -151,6 +163,9 @@ class Arrival:
     def _total_bytes(self) -> int:
         assert self._frame is not None
         return self._frame.data_begin + self._frame.data_bytes
+
+    def _has_stalled(self, now_s: float) -> bool:
+        return now_s - os.fstat(self._file.fileno()).st_mtime > STALL_S
 
     def _begin_of(self, tensor: str) -> int:
         assert self._frame is not None
