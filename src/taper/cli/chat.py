@@ -77,7 +77,9 @@ class Conversation:
             yield
             return
         stop = threading.Event()
-        thread = threading.Thread(target=self._read_ahead, args=(request, stop), daemon=True)
+        thread = threading.Thread(
+            target=self._read_ahead, args=(request, stop), name="taper-read-ahead", daemon=True
+        )
         thread.start()
         try:
             yield

@@ -44,6 +44,6 @@ class PreparedPrompt:
             (index for index, (ours, theirs) in enumerate(pairs) if ours != theirs),
             min(self._runner.position, len(prompt_ids) - 1),
         )
-        self._runner.rewind(shared)
+        self._runner.truncate(shared)
         self._runner.expect(num_tokens)
         return self._runner

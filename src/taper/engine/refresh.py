@@ -21,7 +21,7 @@ def refresh(sequence: Sequence, runner: ModelRunner, chunk_tokens: int) -> None:
     began_ns = time.perf_counter_ns()
     bits = sequence.missed_bits
     ids = sequence.prompt_ids + [token.token_id for token in sequence.tokens[:-1]]
-    runner.rewind()
+    runner.truncate(0)
     for start in range(0, len(ids), chunk_tokens):
         runner.prefill(ids[start : start + chunk_tokens], bits, is_last=False)
         sequence.decode_bytes += runner.bytes_of_last_pass(bits)
