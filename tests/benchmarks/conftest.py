@@ -4,4 +4,4 @@ import sys
 from pathlib import Path
 
 _BENCHMARKS = Path(__file__).resolve().parent.parent.parent / "benchmarks"
-sys.path += [str(_BENCHMARKS / name) for name in ("quality", "llama_cpp", "end_to_end")]
+sys.path += [str(_BENCHMARKS / name) for name in ("quality", "llama_cpp", "end_to_end", "precision")]
