@@ -36,7 +36,7 @@ class Growing:
         arrival = Arrival(path)
         arrival.wait()
         self.decoder = ArrivingDecoder(arrival)
-        self.engine = Engine(self.decoder, None, 3, Limits(lambda: self.decoder.available_bits))
+        self.engine = Engine(self.decoder, None, 3, limits=Limits(lambda: self.decoder.available_bits))
 
     def grow(self, bits, take=True):
         self.path.write_bytes(self._whole.read_bytes()[: TaperFile.open(self._whole).bytes_at(bits)])

@@ -89,11 +89,6 @@ class ModelRunner:
         assert self._cache is not None
         return self._cache.bytes_read(self._num_tokens)
 
-    def truncate(self, position: int) -> None:
-        """Drop the KV entries from `position` on."""
-        assert self._cache is not None
-        self._cache.truncate(position)
-
     def expect(self, num_tokens: int) -> None:
         """Count on so many tokens at most, of those that the cache was made for."""
         self._num_tokens = num_tokens
