@@ -11,7 +11,7 @@ from taper.precision import Exact
 # for 8 bits drafted at 3; where it is bound by arithmetic, 2 to 4 are.
 MAX_DRAFT_TOKENS = 8
 
-# A choice is kept for so many rounds: to compare all of them takes as long as 1/20 of a step of 0.3 ms.
+# A choice is kept for so many rounds: to make one takes 0.04 ms, an eighth of a step of the smallest model.
 ROUNDS_OF_A_CHOICE = 8
 
 # Of the time, what may go to trying something else than the best.
@@ -90,7 +90,7 @@ class AdaptivePlanner:
         self._times: dict[Source | int, tuple[int, ...]] = {}
         self._ns_of: dict[Source | int, float] = {}
         self._judged: dict[Source, tuple[float, float]] = {}  # accepted, all
-        self._best: dict[Source | None, tuple[Draft, float]] = {}
+        self._chosen: dict[Source, Draft] = {}  # by what else could draft
         self._num_rounds = 0
         self._credit_ns = 0.0
         self._num_explored = 0
@@ -99,12 +99,11 @@ class AdaptivePlanner:
         """See `Planner`."""
         if len(self._times.get(1, ())) < FIRST_PASSES:
             return NO_DRAFT
-        if self._num_rounds % ROUNDS_OF_A_CHOICE == 0:
-            self._best.clear()
+        chosen = self._chosen.get(sources[-1])  # the widths are always the same, the lookup changes
         self._num_rounds += 1
-        best, ns = min(map(self._best_of, (None, *sources)), key=lambda choice: choice[1])
-        tried = self._tried(best, ns, sources)
-        return Draft(tried.source, min(tried.num_tokens, most))
+        if chosen is None or self._num_rounds % ROUNDS_OF_A_CHOICE == 0:
+            chosen = self._choice(sources)
+        return Draft(chosen.source, min(chosen.num_tokens, most))
 
     def drafted(self, source: Source, num_tokens: int, ns: int) -> None:
         """See `Planner`."""
@@ -133,37 +132,50 @@ class AdaptivePlanner:
         self._times[what] = times
         self._ns_of[what] = sorted(times)[len(times) // 4]
 
-    def _best_of(self, source: Source | None) -> tuple[Draft, float]:
-        """The best number of drafts from a source and its expected ns per token."""
-        if source not in self._best:
-            counts = range(1, MAX_DRAFT_TOKENS + 1) if source else (0,)
-            drafts = [Draft(source, count) for count in counts]
-            self._best[source] = min(((d, self._ns(d) / self._tokens(d)) for d in drafts), key=lambda c: c[1])
-        return self._best[source]
-
-    def _tried(self, best: Draft, best_ns: float, sources: SequenceOf[Source]) -> Draft:
-        """The best draft, or one beside it when what it is expected to cost has been saved up."""
-        self._credit_ns += EXPLORED_FRAC * self._ns(best)
-        beside = self._beside(best, [source for source in sources if source.kind == "planes"])
-        if not beside:
-            return best
+    def _choice(self, sources: SequenceOf[Source]) -> Draft:
+        """The best draft, kept for the next rounds, or one beside it, tried once."""
+        if self._num_rounds % ROUNDS_OF_A_CHOICE == 0:
+            self._chosen.clear()
+        passes = [self._pass_ns(count + 1) for count in range(1, MAX_DRAFT_TOKENS + 1)]
+        options = [self._best_of(source, passes) for source in sources]
+        best_ns, best = min([(self._ns(NO_DRAFT), NO_DRAFT), *options], key=lambda option: option[0])
+        self._chosen[sources[-1]] = best
+        self._credit_ns += EXPLORED_FRAC * ROUNDS_OF_A_CHOICE * self._ns(best)
+        beside = self._beside(best, [draft for _, draft in options])
         draft = beside[self._num_explored % len(beside)]
-        cost = max(0.0, self._ns(draft) - self._tokens(draft) * best_ns)
+        cost = self._ns(draft) - self._tokens(draft) * best_ns
         if cost > self._credit_ns:
             return best
-        self._credit_ns -= cost
+        self._credit_ns -= max(0.0, cost)
         self._num_explored += 1
         return draft
 
-    def _beside(self, best: Draft, planes: list[Source]) -> list[Draft]:
-        """One draft more or less, one width up or down. Lookups need no trial: they are judged unasked."""
+    def _best_of(self, source: Source, passes: list[float]) -> tuple[float, Draft]:
+        """The best number of drafts from a source and its expected ns per token; `passes` over 2, 3, ..."""
+        acceptance, step_ns = self.acceptance(source), self._step_ns(source)
+        tokens = still_right = 1.0
+        options = []
+        for count, pass_ns in enumerate(passes, 1):
+            still_right *= acceptance
+            tokens += still_right
+            options.append(((count * step_ns + pass_ns) / tokens, count))
+        ns, count = min(options)
+        return ns, Draft(source, count)
+
+    def _beside(self, best: Draft, options: list[Draft]) -> list[Draft]:
+        """One draft more or less, one width up or down; all widths where none is best.
+
+        Lookups need no trial: they are judged unasked.
+        """
+        planes = [draft for draft in options if draft.source is not None and draft.source.kind == "planes"]
         if best.source is None:
-            return [self._best_of(source)[0] for source in planes]
+            return planes
         counts = (best.num_tokens - 1, best.num_tokens + 1)
         drafts = [Draft(best.source if n else None, n) for n in counts if n <= MAX_DRAFT_TOKENS]
-        if best.source in planes:
-            index = planes.index(best.source)
-            near = planes[max(0, index - 1) : index] + planes[index + 1 : index + 2]
+        widths = [draft.source for draft in planes]
+        if best.source in widths:
+            index = widths.index(best.source)
+            near = widths[max(0, index - 1) : index] + widths[index + 1 : index + 2]
             drafts += [Draft(source, best.num_tokens) for source in near]
         return drafts
 
@@ -176,11 +188,14 @@ class AdaptivePlanner:
 
     def _ns(self, draft: Draft) -> float:
         """Expected time of a round."""
-        step_ns = 0.0
-        if draft.source is not None and draft.source.kind == "planes":
-            guess = self._ns_of[1] * draft.source.size / self._width
-            step_ns = self._ns_of.get(draft.source, guess)
+        step_ns = 0.0 if draft.source is None else self._step_ns(draft.source)
         return draft.num_tokens * step_ns + self._pass_ns(draft.num_tokens + 1)
+
+    def _step_ns(self, source: Source) -> float:
+        """Time of drafting one token."""
+        if source.kind == "lookup":
+            return 0.0
+        return self._ns_of.get(source, self._ns_of[1] * source.size / self._width)
 
     def _pass_ns(self, num_tokens: int) -> float:
         """Time of a pass over so many tokens: measured, or a line through what was measured."""
