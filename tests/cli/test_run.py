@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -115,15 +116,22 @@ def test_stop_text_ends_the_answer(taper, model):
     assert record["text"] == text[: text.index(stop)]
 
 
-def test_cut_off_file_runs_with_a_notice(taper, cut_model):
-    outcome = taper("run", cut_model, "a", *GREEDY)
+@pytest.fixture
+def growing_model(cut_model) -> Path:
+    """The cut file as if its last bytes had just come: after ten seconds it counts as cut for ever."""
+    cut_model.touch()
+    return cut_model
+
+
+def test_cut_off_file_runs_with_a_notice(taper, growing_model):
+    outcome = taper("run", growing_model, "a", *GREEDY)
     assert outcome.status == 0
     assert "4 of 8 planes; more are used as they arrive" in outcome.err
     assert "at most 4 bits" in outcome.err
-    outcome = taper("run", cut_model, "a", *GREEDY, "--no-progressive-load")
+    outcome = taper("run", growing_model, "a", *GREEDY, "--no-progressive-load")
     assert outcome.status == 0
     assert "note: file is cut off" in outcome.err
-    assert taper("run", cut_model, "a", "--bits", "5").status == 2
+    assert taper("run", growing_model, "a", "--bits", "5").status == 2
 
 
 def test_a_file_cut_off_long_ago_is_called_so(taper, cut_model, tmp_path):
@@ -143,11 +151,11 @@ def test_a_partial_file_is_found_by_the_name_that_it_will_have(taper, cut_model,
 
 
 @pytest.mark.parametrize("named", ["--bits 3", "--policy progressive", "--seed 1", "--json"])
-def test_what_is_named_does_not_depend_on_the_disk(taper, cut_model, named):
-    outcome = taper("run", cut_model, "a", *GREEDY, *named.split())
+def test_what_is_named_does_not_depend_on_the_disk(taper, growing_model, named):
+    outcome = taper("run", growing_model, "a", *GREEDY, *named.split())
     assert outcome.status == 0
     assert "note: file is cut off" in outcome.err
-    outcome = taper("run", cut_model, "a", *GREEDY, *named.split(), "--progressive-load")
+    outcome = taper("run", growing_model, "a", *GREEDY, *named.split(), "--progressive-load")
     assert "more are used as they arrive" in outcome.err
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from taper.cli.answer import closing_line, show
+from taper.cli.damage import report_audit
 from taper.cli.run import RunOptions, complete
 from taper.errors import TaperError
 
@@ -40,7 +41,9 @@ def chat(llm: LLM, options: RunOptions) -> None:
         if not line:
             continue
         try:
-            click.echo(closing_line(conversation.answer(line)), err=True)
+            completion = conversation.answer(line)
+            click.echo(closing_line(completion), err=True)
+            report_audit(completion, llm.tokenizer, options.show_bits)
         except TaperError as error:
             click.echo(f"error: {error}\nhint: {error.hint or 'ask something else'}", err=True)
 

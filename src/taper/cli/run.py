@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from taper.cli.answer import closing_line, show
+from taper.cli.damage import report_audit
 from taper.cli.options import MEMORY_BUDGET, json_option, model_path, set_threads, threads_option
 from taper.cli.terminal import note, waiting_line
 from taper.errors import DoesNotFitError, ModelNotFoundError, UsageError
@@ -39,6 +40,7 @@ class RunOptions:
     sampling: dict[str, Any]
     refresh: bool = False
     allow_lower_bits: bool = False
+    audit: bool = False
 
 
 def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -98,6 +100,11 @@ def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
     type=MEMORY_BUDGET,
     help="For weights and KV cache: fewer bits where they do not fit; auto: by the system's pressure.",
 )
+@click.option(
+    "--audit",
+    is_flag=True,
+    help="Read the answer again at all bits: what did fewer cost? With --show-bits, by token.",
+)
 @threads_option
 @json_option
 def command(
@@ -111,6 +118,7 @@ def command(
     progressive_load: bool | None,
     refresh: bool,
     memory_budget: int | Literal["auto"] | None,
+    audit: bool,
     threads: int | None,
     as_json: bool,
     **sampling: Any,
@@ -140,7 +148,15 @@ def command(
         progressive_load = asked is None and sampling["seed"] is None and not as_json
     llm = _load(model, progressive_load, memory_budget)
     options = RunOptions(
-        asked, max_tokens, ctx_size, stop, show_bits, sampling, refresh, memory_budget is not None
+        asked,
+        max_tokens,
+        ctx_size,
+        stop,
+        show_bits,
+        sampling,
+        refresh=refresh,
+        allow_lower_bits=memory_budget is not None,
+        audit=audit,
     )
     try:
         _answer(llm, options, prompt, as_json)
@@ -188,6 +204,7 @@ def complete(
         stop=options.stop,
         refresh=options.refresh,
         allow_lower_bits=options.allow_lower_bits,
+        audit=options.audit,
         **options.sampling,
     )
     with stream:
@@ -213,6 +230,7 @@ def as_record(completion: Completion) -> dict[str, Any]:
         "ceilings": [{"token": token, "bits": bits} for token, bits in completion.ceilings],
         "refreshes": [{"token": token, "bits": bits} for token, bits in completion.refreshes],
         "usage": dataclasses.asdict(completion.usage),
+        "audit": None if completion.audit is None else completion.audit.as_record(),
     }
 
 
@@ -237,6 +255,7 @@ def _answer(llm: LLM, options: RunOptions, prompt: str | None, as_json: bool) ->
     else:
         completion = complete(llm, options, prompt, lambda stream: show(stream, options.show_bits, prompt))
         click.echo(closing_line(completion), err=True)
+        report_audit(completion, llm.tokenizer, options.show_bits)
 
 
 def _exists(text: str) -> bool:

@@ -23,10 +23,13 @@ def is_coloured(stream: TextIO) -> bool:
 
 
 def in_bits_colour(text: str, bits: float) -> str:
-    """`text` in the colour of a width, a fraction in that of the nearest; line breaks stay outside the
-    colour.
-    """
-    start = f"\x1b[38;5;{_BITS_COLOURS.get(round(bits), _OTHER_COLOUR)}m"
+    """`text` in the colour of a width, a fraction in that of the nearest."""
+    return in_colour(text, _BITS_COLOURS.get(round(bits), _OTHER_COLOUR))
+
+
+def in_colour(text: str, colour: int) -> str:
+    """`text` in one of 256 colours; line breaks stay outside the colour."""
+    start = f"\x1b[38;5;{colour}m"
     return "\n".join(f"{start}{line}\x1b[0m" if line else "" for line in text.split("\n"))
 
 

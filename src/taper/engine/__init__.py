@@ -1,5 +1,6 @@
 """The engine: requests, sequences, sampling, streaming."""
 
+from taper.engine.audit import Audit, Decisions
 from taper.engine.completion import Completion, StepOutput, Usage
 from taper.engine.engine import Engine, TokenStream
 from taper.engine.llm import LLM, embedded_model, load
@@ -9,7 +10,9 @@ from taper.engine.sampling_params import SamplingParams
 
 __all__ = [
     "LLM",
+    "Audit",
     "Completion",
+    "Decisions",
     "Engine",
     "Request",
     "SamplingParams",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
+from taper.engine.audit import Audit
 from taper.engine.memory import peak_memory_bytes
 from taper.engine.sequence import FinishReason, Sequence
 
@@ -87,10 +88,11 @@ class Completion:
         prompt_ids: the prompt's tokens.
         policy: the policy's name.
         seed: of the draws; the same request with it gives the same tokens.
-        usage: counts, times, bytes.
+        usage: counts, times, bytes; those of the audit are its own.
         ceilings: where passes were limited by what had arrived or fitted: (tokens drawn, most bits) at the
             first pass and at each change.
         refreshes: (tokens drawn, bits) where the KV cache was written again.
+        audit: what the bits have cost; None unless asked for, and where the request was cancelled before it.
     """
 
     text: str
@@ -106,6 +108,7 @@ class Completion:
     usage: Usage
     ceilings: tuple[tuple[int, int], ...] = ()
     refreshes: tuple[tuple[int, float], ...] = ()
+    audit: Audit | None = None
 
 
 def completion_of(sequence: Sequence) -> Completion:
@@ -126,6 +129,7 @@ def completion_of(sequence: Sequence) -> Completion:
         usage=usage_of(sequence),
         ceilings=tuple(sequence.ceilings),
         refreshes=tuple(sequence.refreshes),
+        audit=sequence.audit,
     )
 
 

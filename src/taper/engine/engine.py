@@ -5,6 +5,8 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
 from functools import lru_cache
 from numbers import Integral, Real
 from types import TracebackType
@@ -12,6 +14,7 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
+from taper.engine.audit import AuditLog, ForcedTokens, run_audit
 from taper.engine.completion import Completion, StepOutput, completion_of
 from taper.engine.drafting import AdaptivePlanner, Planner
 from taper.engine.limits import Limits
@@ -116,10 +119,10 @@ class Engine:
 
         Raises:
             UsageError: an empty prompt, a token outside the vocabulary, text or stop strings without a
-                tokenizer, sampling parameters that do not fit the vocabulary; while it runs: a policy that
-                gives bits outside the model.
-            DoesNotFitError: prompt and output are longer than the context; nothing is ever cut off. While it
-                runs: the memory budget has no room for it.
+                tokenizer, sampling parameters that do not fit the vocabulary, an audit against a width
+                outside the model; while it runs: a policy that gives bits outside the model.
+            DoesNotFitError: prompt and output are longer than the context; nothing is ever cut off. An audit
+                of more tokens than it can keep the logits of. While it runs: the memory budget has no room.
         """
         sequence = self._sequence(request)
         return TokenStream(sequence, self._steps(sequence))
@@ -155,6 +158,26 @@ class Engine:
         done = self._prepared.fill(chunk_tokens, lambda: request.is_cancelled)
         return done and not sequence.missed_bits
 
+    def audit(self, request: Request, answer: str | SequenceOf[int]) -> Completion:
+        """Audit a given answer: its tokens take the place of drawn ones, each at the bits of the policy.
+
+        Args:
+            request: the prompt and the policy; sampling, stops and `max_tokens` do not matter.
+            answer: text, cut into tokens as the continuation of the prompt's text, or token ids. A token that
+                would have ended the output ends nothing here.
+
+        Raises:
+            UsageError, DoesNotFitError: as `stream`; an empty answer.
+        """
+        ids = self._answer_ids(request, answer)
+        given = replace(request, audit=True, max_tokens=len(ids), stop=(), stop_token_ids=(), ignore_eos=True)
+        sequence = self._sequence(given)
+        sequence.sampler = ForcedTokens(ids)
+        with TokenStream(sequence, self._steps(sequence)) as stream:
+            for _ in stream:
+                pass
+            return stream.completion()
+
     def _sequence(self, request: Request) -> Sequence:
         prompt_ids = self._prompt_ids(request)
         if request.stop and self.tokenizer is None:
@@ -166,16 +189,25 @@ class Engine:
             self._readable(request.policy, request.policy.draft_width)
         given = request.sampling.seed
         seed = secrets.randbits(64) if given is None else int(given)
+        max_tokens = self._max_tokens(request, len(prompt_ids))
         return Sequence(
             request=request,
             prompt_ids=prompt_ids,
-            max_tokens=self._max_tokens(request, len(prompt_ids)),
+            max_tokens=max_tokens,
             stop_token_ids=stop_ids,
             seed=seed,
             sampler=Sampler(request.sampling, config.vocab_size, prompt_ids, seed),
             stop_strings=StopStrings(request.stop),
             detokenizer=IncrementalDetokenizer(self.tokenizer, prompt_ids) if self.tokenizer else None,
+            audit_log=self._audit_log(request, max_tokens),
         )
+
+    def _audit_log(self, request: Request, max_tokens: int) -> AuditLog | None:
+        if not request.audit:
+            return None
+        bits = self.model.max_bits if request.audit_bits is None else whole_bits(request.audit_bits)
+        self.model.bytes_per_pass(bits)  # refuses bits that the model cannot be read at
+        return AuditLog.sized(bits, max_tokens, self.model.config.vocab_size)
 
     def _prompt_ids(self, request: Request) -> list[int]:
         ids = self._encoded(request)
@@ -200,6 +232,23 @@ class Engine:
         if not request.prompt:
             return []
         return self.tokenizer.encode(request.prompt, special_tokens=request.special_tokens)
+
+    def _answer_ids(self, request: Request, answer: str | SequenceOf[int]) -> list[int]:
+        if not isinstance(answer, str):
+            ids = list(answer)
+        elif self.tokenizer is None:
+            raise UsageError("the answer is text, but the model has no tokenizer", "give token ids")
+        elif isinstance(request.prompt, str):
+            # As one text: some tokenizers put a space before a text that stands alone.
+            whole = request.prompt + answer
+            ids = self.tokenizer.encode(whole, special_tokens=request.special_tokens)
+            del ids[: len(self._encoded(request))]
+        else:
+            ids = self.tokenizer.encode(answer, special_tokens=False)
+        self._check_vocabulary("the answer", ids)
+        if not ids:
+            raise UsageError("the answer is empty; an audit needs at least one token", "give the answer")
+        return ids
 
     def _check_vocabulary(self, name: str, ids: list[int]) -> None:
         size = self.model.config.vocab_size
@@ -236,8 +285,10 @@ class Engine:
             runner = self._runner(sequence)
             self.limits.admit(sequence, runner.kv_bytes)
             yield from self._run(sequence, runner)
+            self._audit(sequence, runner)
         finally:
             self.limits.leave(sequence)
+            sequence.audit_log = None
             if runner is not None:
                 runner.release()
             sequence.finish("abort")
@@ -281,6 +332,21 @@ class Engine:
         sequence.decode_ns += time.perf_counter_ns() - began_ns
         return speculator
 
+    def _audit(self, sequence: Sequence, runner: ModelRunner) -> None:
+        """Read a complete answer once more at the audit's width, if one was asked for."""
+        log, request = sequence.audit_log, sequence.request
+        if log is None or sequence.state != "finished":
+            return
+        sequence.audit = run_audit(
+            log,
+            runner,
+            sequence.prompt_ids,
+            [token.token_id for token in sequence.tokens],
+            reuse_prompt=all(bits == log.bits for bits in sequence.prefill_bits),
+            chunk_tokens=self._prefill_chunk_tokens,
+            is_cancelled=lambda: request.is_cancelled,
+        )
+
     def _prefill_chunk(
         self, sequence: Sequence, runner: ModelRunner, start: int
     ) -> tuple[Logits, StepOutput] | None:
@@ -290,6 +356,7 @@ class Engine:
         bits = self._bits(sequence, "prefill", start, None)
         logits = runner.prefill(chunk, bits, is_last=start + len(chunk) == len(sequence.prompt_ids))
         sequence.num_prefilled += len(chunk)
+        sequence.prefill_bits.append(bits)
         sequence.prefill_bytes += runner.bytes_of_last_pass(bits)
         output = None if logits is None else (logits, self._draw(sequence, logits, bits))
         sequence.prefill_ns += time.perf_counter_ns() - began_ns
@@ -309,6 +376,8 @@ class Engine:
         return logits, output
 
     def _draw(self, sequence: Sequence, logits: Logits, bits: float) -> StepOutput:
+        if sequence.audit_log is not None:
+            sequence.audit_log.keep(logits)
         token = sequence.sampler.sample(logits)
         text = sequence.append(token, bits)
         return StepOutput(

@@ -122,6 +122,30 @@ class LLM:
         prompt = self.render_chat(messages)
         return self.generate(prompt, policy=policy, special_tokens=False, **options)
 
+    def audit(
+        self,
+        prompt: str | Sequence[int],
+        answer: str | Sequence[int],
+        *,
+        policy: str | PrecisionPolicy | None = None,
+        **options: Any,
+    ) -> Completion:
+        """What the bits of a policy cost in a given answer, such as a tool call that must be right.
+
+        The answer's tokens take the place of drawn ones; `Completion.audit` has the figures, its `decisions`
+        the tokens that the audit's width is sure of and these bits would not have written.
+
+        Args:
+            prompt: text or token ids.
+            answer: text, cut into tokens as the continuation of the prompt's text, or token ids.
+            policy: as in `stream`.
+            options: as in `stream`, of which `audit_bits` and `special_tokens` matter here.
+
+        Raises:
+            UsageError, DoesNotFitError: as `stream`; an empty answer.
+        """
+        return self.engine.audit(self.request(prompt, policy=policy, **{**options, "audit": True}), answer)
+
     def render_chat(self, messages: Sequence[Message]) -> str:
         """The prompt that the model's template makes of messages, each with `role` and `content`.
 

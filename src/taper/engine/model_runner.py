@@ -117,6 +117,13 @@ class ModelRunner:
         assert self._cache is not None
         self._cache.truncate(position)
 
+    def score(
+        self, tokens: SequenceOf[int], bits: float, wants_logits: bool = True
+    ) -> NDArray[np.float32] | None:
+        """Run given tokens; logits of each, (tokens, vocab), where they are wanted."""
+        ids = np.asarray(tokens, np.int32)
+        return self._model.forward(ids, self._cache, bits, "all" if wants_logits else "none")
+
     def bytes_of_last_pass(self, bits: float) -> int:
         """Bytes that the pass before this call read: weights, and the KV entries up to its last token."""
         assert self._cache is not None

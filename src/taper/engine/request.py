@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from numbers import Integral
+from numbers import Integral, Real
 
 from taper.engine.sampling_params import SamplingParams
 from taper.errors import UsageError
@@ -32,9 +33,12 @@ class Request:
             the request is refused.
         refresh: where the prompt had to be read with fewer bits than the policy wanted, because the file was
             still arriving, read it and the answer so far again once those bits are there.
+        audit: when the answer is complete, read it once more at `audit_bits` and report what the used bits
+            have cost (`Completion.audit`).
+        audit_bits: what the audit compares with; None takes the model's largest width.
 
     Raises:
-        UsageError: `max_tokens` below 1.
+        UsageError: `max_tokens` below 1, `audit_bits` without `audit`.
     """
 
     prompt: str | SequenceOf[int]
@@ -48,6 +52,8 @@ class Request:
     allow_empty_prompt: bool = False
     allow_lower_bits: bool = False
     refresh: bool = False
+    audit: bool = False
+    audit_bits: float | None = None
     _cancelled: threading.Event = field(default_factory=threading.Event, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -56,6 +62,16 @@ class Request:
             raise UsageError(f"max_tokens is {limit!r}; it must be a whole number, at least 1, or None")
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
+        self._check_audit_bits()
+
+    def _check_audit_bits(self) -> None:
+        bits = self.audit_bits
+        if bits is None:
+            return
+        if not isinstance(bits, Real) or isinstance(bits, bool) or not math.isfinite(bits):
+            raise UsageError(f"audit_bits is {bits!r}; it must be a width of the model")
+        if not self.audit:
+            raise UsageError(f"audit_bits is {self.audit_bits!r} but audit is False", "set audit=True")
 
     def cancel(self) -> None:
         """End the request before its next pass, from any thread; what was generated is kept."""

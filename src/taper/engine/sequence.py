@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from taper.engine.audit import Audit, AuditLog, ForcedTokens
 from taper.engine.request import Request
 from taper.engine.sampler import SampledToken, Sampler
 from taper.engine.stop_strings import StopStrings
@@ -37,6 +38,9 @@ class Sequence:
         ceilings: where passes are limited: (tokens drawn, most bits) at the first pass and at each change.
         missed_bits: what the policy wanted for the prompt where that was more than it got.
         refreshes: (tokens drawn, bits) where the KV cache was written again.
+        prefill_bits: of each pass over the prompt.
+        audit_log: what an audited request keeps until its audit.
+        audit: of the finished answer.
     """
 
     request: Request
@@ -44,7 +48,7 @@ class Sequence:
     max_tokens: int
     stop_token_ids: frozenset[int]
     seed: int
-    sampler: Sampler
+    sampler: Sampler | ForcedTokens
     stop_strings: StopStrings
     detokenizer: IncrementalDetokenizer | None
     state: State = "waiting"
@@ -65,6 +69,9 @@ class Sequence:
     ceilings: list[tuple[int, int]] = field(default_factory=list)
     missed_bits: float = 0
     refreshes: list[tuple[int, float]] = field(default_factory=list)
+    prefill_bits: list[float] = field(default_factory=list)
+    audit_log: AuditLog | None = None
+    audit: Audit | None = None
 
     def append(self, token: SampledToken, bits: float) -> str:
         """Take a drawn token, decide whether it ends the output, and return the text that may be shown."""
