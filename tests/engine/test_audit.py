@@ -161,11 +161,9 @@ def test_given_answer_is_audited_as_a_drawn_one(llm):
 
 def test_exact_mode_has_no_loss_whether_drawn_or_given(llm):
     drawn = answer(llm, "exact:8/2")
-    assert drawn.usage.num_draft_passes > 0
     assert drawn.audit.kl == (0.0,) * 24
     given = llm.audit(PROMPT, drawn.token_ids, policy="exact:8/2")
     assert (given.audit.worst_kl, given.token_ids) == (0.0, drawn.token_ids)
-    assert given.usage.num_drafted_tokens == given.usage.num_accepted_tokens > 0
 
 
 def test_given_text_is_cut_as_the_continuation_of_the_prompt(llm):

@@ -7,7 +7,10 @@ import pytest
 
 from taper.engine import Engine, Request
 from taper.errors import UsageError
-from taper.precision import Progressive, parse_policy
+from taper.formats.container import TaperFile
+from taper.models import Decoder
+from taper.precision import LayerBits, Progressive, parse_policy
+from taper.testing.tiny import tiny_taper
 
 
 def test_every_token_has_the_bits_of_the_pass_that_drew_it(says, tokenizer):
@@ -94,3 +97,55 @@ def test_fraction_is_refused_where_the_model_has_no_sensitivity(says, tokenizer)
     with pytest.raises(UsageError, match=r"gave 3\.5 bits; a fraction needs a file with sensitivity"):
         Engine(model, tokenizer).generate(Request("p", Fractions(), max_tokens=3))
     assert len(model.passes) == 1
+
+
+class ByLayer:
+    """4 for the prompt; then layer 0 falls from 5 to 2 while the rest stays at 3."""
+
+    name = "by-layer"
+
+    def bits(self, step):
+        if step.phase == "prefill":
+            return 4
+        return LayerBits([max(2.0, 6 - step.num_generated), np.int64(3)], 3)
+
+
+def test_each_layer_may_have_bits_of_its_own_and_records_say_their_mean(tmp_path):
+    model = Decoder.from_taper(TaperFile.open(tiny_taper(tmp_path / "tiny.taper")))
+    request = Request([7, 8, 9], ByLayer(), max_tokens=6, ignore_eos=True)
+    completion = Engine(model, None).generate(request)
+    readings = [4, *(LayerBits((bits, 3), 3) for bits in (5, 4, 3, 2, 2))]
+    assert completion.bits == tuple(model.bits_per_weight(bits) for bits in readings)
+    assert completion.bits[3] == 3
+    assert completion.usage.average_bits == pytest.approx(sum(completion.bits[1:]) / 5)
+    cache = model.new_cache(9)
+    kv = [cache.bytes_read(entries) for entries in range(4, 9)]
+    weights = [model.bytes_per_pass(bits) for bits in readings[1:]]
+    assert completion.usage.decode_bytes == sum(weights) + sum(kv)
+    expected, tokens = [], [7, 8, 9]
+    for bits in readings:
+        logits = model.forward(tokens, cache, bits)
+        tokens = [int(logits[0].argmax())]
+        expected += tokens
+    assert list(completion.token_ids) == expected
+
+
+@pytest.mark.parametrize(
+    ("layers", "head", "message"),
+    [
+        ((3, 9), 3, "gave 9 bits"),
+        ((3, 3), 1, "gave 1 bits"),
+        ((3,), 3, "1 layers"),
+        ((3, 3.5), 3, "fraction"),
+    ],
+)
+def test_layer_bits_outside_the_model_are_refused(tmp_path, layers, head, message):
+    class Wrong:
+        name = "wrong"
+
+        def bits(self, step):
+            return LayerBits(layers, head)
+
+    model = Decoder.from_taper(TaperFile.open(tiny_taper(tmp_path / "tiny.taper")))
+    with pytest.raises(UsageError, match=message):
+        Engine(model, None).generate(Request([7], Wrong(), max_tokens=2))

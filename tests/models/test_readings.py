@@ -13,6 +13,7 @@ from taper.formats.container import TaperFile
 from taper.formats.sensitivity import Sensitivity
 from taper.formats.writer import rewrite_header
 from taper.models import Decoder
+from taper.precision import Bits, LayerBits
 from taper.testing.tiny import tiny_taper
 
 MIN_BITS, MAX_BITS = 2, 6
@@ -42,7 +43,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> TaperFile:
     return TaperFile.open(path)
 
 
-def logits(decoder: Decoder, bits: float) -> np.ndarray:
+def logits(decoder: Decoder, bits: Bits) -> np.ndarray:
     out = decoder.forward(TOKENS, decoder.new_cache(16), bits, logits="all")
     assert out is not None
     return out
@@ -88,6 +89,47 @@ def test_whole_bits_stop_at_a_ceiling(file: TaperFile) -> None:
     whole = Decoder.from_taper(file)
     assert not np.array_equal(at_two, logits(whole, 2))  # the look-up reads two planes only
     assert not np.array_equal(at_five, logits(whole, 5))
+
+
+def test_each_layer_is_read_at_its_own_bits(file: TaperFile) -> None:
+    decoder, bits = Decoder.from_taper(file), LayerBits((5, 2.4), 3)
+    widths = decoder.widths(bits)
+    assert {name: width for name, width in widths.items() if name.startswith("layers.0.")} == dict.fromkeys(
+        (f"layers.0.{part}" for part in ("qkv", "o", "gate_up", "down")), 5
+    )
+    for part in ("qkv", "o", "gate_up", "down"):
+        assert widths[f"layers.1.{part}"] == decoder.widths(2.4)[f"layers.1.{part}"]
+    assert (widths["head"], widths["embed"]) == (3, 3)
+    same = Decoder.from_taper(file, {name: width for name, width in widths.items() if name != "embed"})
+    np.testing.assert_array_equal(logits(decoder, bits), logits(same, MAX_BITS))
+    observed = decoder.forward(TOKENS, decoder.new_cache(16), bits, "all", observe=lambda name, x: None)
+    np.testing.assert_array_equal(observed, logits(decoder, bits))
+
+
+def test_layers_are_counted_by_their_weights(file: TaperFile) -> None:
+    decoder = Decoder.from_taper(file)
+    weights = {spec.name: spec.num_weights for spec in file.matrices}
+    layer = sum(count for name, count in weights.items() if name.startswith("layers.0."))
+    rest = weights["embed"] + weights["head"]
+    assert decoder.bits_per_weight(LayerBits((6, 2), 4)) == (8 * layer + 4 * rest) / (2 * layer + rest)
+    assert decoder.bits_per_weight(LayerBits((3, 3), 3)) == 3
+    alike = LayerBits((3, 3), 3)
+    assert decoder.bytes_per_pass(alike) == decoder.bytes_per_pass(3)
+    saved = decoder.bytes_per_pass(3) - decoder.bytes_per_pass(LayerBits((3, 2), 3))
+    assert saved == decoder.bytes_per_pass(LayerBits((3, 3), 2)) - decoder.bytes_per_pass(
+        LayerBits((3, 2), 2)
+    )
+    assert saved > 0
+
+
+def test_layer_bits_outside_the_model_are_refused(file: TaperFile) -> None:
+    decoder = Decoder.from_taper(file)
+    for layers in ((3,), (3, 3, 3), ()):
+        with pytest.raises(UsageError, match=f"{len(layers)} layers have bits, the model has 2"):
+            decoder.widths(LayerBits(layers, 3))
+    for bits in (LayerBits((3, 7), 3), LayerBits((1, 3), 3), LayerBits((3, 3), 9)):
+        with pytest.raises(UsageError, match=r"outside the model's 2\.\.6"):
+            logits(decoder, bits)
 
 
 def test_bits_outside_the_model_are_refused(file: TaperFile) -> None:

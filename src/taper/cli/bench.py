@@ -20,7 +20,7 @@ from taper.errors import DoesNotFitError, UsageError
 if TYPE_CHECKING:
     from taper.kvcache import KvCache
     from taper.models import Decoder
-    from taper.precision import PrecisionPolicy
+    from taper.precision import Bits, PrecisionPolicy
 
 # Arbitrary; the speed does not depend on the tokens, but the same ones make runs comparable.
 _SEED = 0
@@ -284,7 +284,7 @@ class _Reader:
 
         return run
 
-    def _bits(self, cache: KvCache, num_generated: int, max_tokens: int) -> float:
+    def _bits(self, cache: KvCache, num_generated: int, max_tokens: int) -> Bits:
         from taper.precision import StepContext
 
         decoder = self.decoder
@@ -300,8 +300,8 @@ class _Reader:
             )
         )
 
-    def _count(self, work: _Work, bits: float, num_tokens: int, caches: Sequence[KvCache]) -> None:
-        work.bits.append(bits)
+    def _count(self, work: _Work, bits: Bits, num_tokens: int, caches: Sequence[KvCache]) -> None:
+        work.bits.append(bits if isinstance(bits, int | float) else self.decoder.bits_per_weight(bits))
         work.num_tokens += num_tokens
         work.num_bytes += self.decoder.bytes_per_pass(bits)
         work.num_bytes += sum(cache.bytes_read(cache.num_tokens) for cache in caches)

@@ -28,7 +28,9 @@ from taper.engine.speculation import Speculator
 from taper.engine.stop_strings import StopStrings
 from taper.errors import DoesNotFitError, UsageError
 from taper.precision import (
+    Bits,
     Exact,
+    LayerBits,
     LogitFeatures,
     Phase,
     PrecisionPolicy,
@@ -326,7 +328,7 @@ class Engine:
             sequence,
             runner,
             self.planner_of(policy),
-            lambda: self._bits(sequence, "decode", runner.position, None),
+            lambda: self.limits.clamp(sequence, "decode", self._readable(policy, policy.width)),
             lambda logits, bits: self._draw(sequence, logits, bits),
         )
         sequence.decode_ns += time.perf_counter_ns() - began_ns
@@ -358,7 +360,7 @@ class Engine:
         sequence.num_prefilled += len(chunk)
         sequence.prefill_bits.append(bits)
         sequence.prefill_bytes += runner.bytes_of_last_pass(bits)
-        output = None if logits is None else (logits, self._draw(sequence, logits, bits))
+        output = None if logits is None else (logits, self._draw(sequence, logits, runner.recorded(bits)))
         sequence.prefill_ns += time.perf_counter_ns() - began_ns
         return output
 
@@ -371,7 +373,7 @@ class Engine:
         logits = runner.decode(sequence.tokens[-1].token_id, bits)
         sequence.num_decode_passes += 1
         sequence.decode_bytes += runner.bytes_of_last_pass(bits)
-        output = self._draw(sequence, logits, bits)
+        output = self._draw(sequence, logits, runner.recorded(bits))
         sequence.decode_ns += time.perf_counter_ns() - began_ns
         return logits, output
 
@@ -390,13 +392,19 @@ class Engine:
         phase: Phase,
         position: int,
         features: Callable[[], LogitFeatures] | None,
-    ) -> float:
+    ) -> Bits:
         """Ask the policy, refuse an answer that the model does not hold, and keep it within the limits."""
         low, high, fractions = self.model.min_bits, self.model.max_bits, self.model.has_sensitivity
         count, limit = len(sequence.tokens), sequence.max_tokens
         step = StepContext(phase, position, count, limit, low, high, features, fractions)
         policy = sequence.request.policy
-        return self.limits.clamp(sequence, phase, self._readable(policy, policy.bits(step)))
+        bits = policy.bits(step)
+        if not isinstance(bits, LayerBits):
+            return self.limits.clamp(sequence, phase, self._readable(policy, bits))
+        layers = [self._readable(policy, layer) for layer in bits.layers]
+        head = self._readable(policy, bits.head)
+        most = self.limits.clamp(sequence, phase, max(*layers, head))
+        return LayerBits(tuple(min(layer, most) for layer in layers), min(head, most))
 
     def _readable(self, policy: PrecisionPolicy, bits: float) -> float:
         """Bits that a policy gave, an int where they are whole; refuses what the model does not hold."""

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from taper.config import ModelConfig
+from taper.precision import Bits, LayerBits
 
 
 class Cache(Protocol):
@@ -46,13 +47,17 @@ class Model(Protocol):
         ...
 
     def forward(
-        self, tokens: NDArray[np.int32], cache: Any, bits: float, logits: Literal["last", "all", "none"]
+        self, tokens: NDArray[np.int32], cache: Any, bits: Bits, logits: Literal["last", "all", "none"]
     ) -> NDArray[np.float32] | None:
         """Run tokens that follow the cache's entries."""
         ...
 
-    def bytes_per_pass(self, bits: float) -> int:
+    def bytes_per_pass(self, bits: Bits) -> int:
         """Bytes of weights that one pass reads."""
+        ...
+
+    def bits_per_weight(self, bits: Bits) -> float:
+        """Planes that a reading takes over weights."""
         ...
 
 
@@ -70,7 +75,7 @@ class ModelRunner:
         self._cache: Cache | None = model.new_cache(num_tokens)
         # Asked once a width: the sum over all matrices would cost more than a decode step of a small model's
         # layer.
-        self._weight_bytes: dict[float, int] = {}
+        self._weight_bytes: dict[Bits, int] = {}
 
     @property
     def min_bits(self) -> int:
@@ -93,13 +98,13 @@ class ModelRunner:
         """Count on so many tokens at most, of those that the cache was made for."""
         self._num_tokens = num_tokens
 
-    def prefill(self, tokens: SequenceOf[int], bits: float, is_last: bool) -> NDArray[np.float32] | None:
+    def prefill(self, tokens: SequenceOf[int], bits: Bits, is_last: bool) -> NDArray[np.float32] | None:
         """Run a chunk of the prompt; logits, (vocab,), from its last token where it is the last chunk."""
         ids = np.asarray(tokens, np.int32)
         logits = self._model.forward(ids, self._cache, bits, "last" if is_last else "none")
         return None if logits is None else logits[0]
 
-    def decode(self, token_id: int, bits: float) -> NDArray[np.float32]:
+    def decode(self, token_id: int, bits: Bits) -> NDArray[np.float32]:
         """Run one generated token; logits, (vocab,)."""
         logits = self._model.forward(np.array([token_id], np.int32), self._cache, bits, "last")
         assert logits is not None
@@ -118,13 +123,17 @@ class ModelRunner:
         self._cache.truncate(position)
 
     def score(
-        self, tokens: SequenceOf[int], bits: float, wants_logits: bool = True
+        self, tokens: SequenceOf[int], bits: Bits, wants_logits: bool = True
     ) -> NDArray[np.float32] | None:
         """Run given tokens; logits of each, (tokens, vocab), where they are wanted."""
         ids = np.asarray(tokens, np.int32)
         return self._model.forward(ids, self._cache, bits, "all" if wants_logits else "none")
 
-    def bytes_of_last_pass(self, bits: float) -> int:
+    def recorded(self, bits: Bits) -> float:
+        """What records say of a reading: the bits asked for, or the planes over weights of `LayerBits`."""
+        return self._model.bits_per_weight(bits) if isinstance(bits, LayerBits) else bits
+
+    def bytes_of_last_pass(self, bits: Bits) -> int:
         """Bytes that the pass before this call read: weights, and the KV entries up to its last token."""
         assert self._cache is not None
         if bits not in self._weight_bytes:

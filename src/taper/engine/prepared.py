@@ -6,6 +6,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 
 from taper.engine.model_runner import ModelRunner
+from taper.precision import Bits
 
 
 class PreparedPrompt:
@@ -17,12 +18,12 @@ class PreparedPrompt:
         runner: with an empty cache, large enough for any request.
     """
 
-    def __init__(self, ids: SequenceOf[int], bits: float, runner: ModelRunner) -> None:
+    def __init__(self, ids: SequenceOf[int], bits: Bits, runner: ModelRunner) -> None:
         self.bits = bits
         self._ids = list(ids)
         self._runner = runner
 
-    def matches(self, ids: SequenceOf[int], bits: float) -> bool:
+    def matches(self, ids: SequenceOf[int], bits: Bits) -> bool:
         """Whether it is this prompt at these bits, read or on the way."""
         return self._ids == list(ids) and self.bits == bits
 

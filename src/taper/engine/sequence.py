@@ -9,6 +9,7 @@ from taper.engine.audit import Audit, AuditLog, ForcedTokens
 from taper.engine.request import Request
 from taper.engine.sampler import SampledToken, Sampler
 from taper.engine.stop_strings import StopStrings
+from taper.precision import Bits
 from taper.tokenizer import IncrementalDetokenizer
 
 State = Literal["waiting", "running", "finished"]
@@ -69,7 +70,7 @@ class Sequence:
     ceilings: list[tuple[int, int]] = field(default_factory=list)
     missed_bits: float = 0
     refreshes: list[tuple[int, float]] = field(default_factory=list)
-    prefill_bits: list[float] = field(default_factory=list)
+    prefill_bits: list[Bits] = field(default_factory=list)
     audit_log: AuditLog | None = None
     audit: Audit | None = None
 

@@ -21,6 +21,7 @@ from taper.models.block import Observer, Step
 from taper.models.families import family_of
 from taper.models.parts import LAYER_MATRICES, Parts, float_parts, planed_parts
 from taper.models.readings import Readings
+from taper.precision.policy import Bits
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
@@ -97,7 +98,7 @@ class Decoder:
         self,
         tokens: I32 | Sequence[int],
         cache: KvCache,
-        bits: float,
+        bits: Bits,
         logits: Logits = "last",
         observe: Observer | None = None,
     ) -> F32 | None:
@@ -107,8 +108,8 @@ class Decoder:
             tokens: (tokens,) ids, at least one, each within the vocabulary.
             cache: from `new_cache`; unchanged when an error is raised.
             bits: min_bits..max_bits. A whole number is the planes to read in every matrix (all of a matrix
-                that has fewer); a fraction is a budget in bits per weight, see `widths`. The embedding
-                look-up reads all planes.
+                that has fewer); a fraction is a budget in bits per weight, and `LayerBits` has bits for each
+                layer, see `widths`. The embedding look-up reads all planes.
             logits: of which tokens: the last, all, or none of them.
             observe: called as observe(name, x) for each matrix of each layer and, as `embed` or `head`, for
                 the matrix of the head, whatever `logits` says. x is float32 (tokens, in_features): exactly
@@ -130,7 +131,7 @@ class Decoder:
             return self._step(self._parts.native, ids, [(len(ids), cache)], bits, logits)
         end = cache.require(len(ids))
         cos, sin = self._rope.tables(end, cache.capacity)
-        step = Step(cache.num_tokens, cos, sin, bits, observe, widths)
+        step = Step(cache.num_tokens, cos, sin, self.max_bits, observe, widths)
         x = self._parts.embedding(ids)
         for block, kv in zip(self._parts.blocks[:-1], cache.layers[:-1], strict=True):
             x = block(x, kv, step)
@@ -147,7 +148,7 @@ class Decoder:
         cache.advance(len(ids))
         return out
 
-    def decode_batch(self, tokens: I32 | Sequence[int], caches: Sequence[KvCache], bits: float) -> F32:
+    def decode_batch(self, tokens: I32 | Sequence[int], caches: Sequence[KvCache], bits: Bits) -> F32:
         """Run the next token of several sequences in one pass over the weights.
 
         Each sequence gets the bytes that a pass of its own would give it.
@@ -184,7 +185,7 @@ class Decoder:
         native: NativeDecoder,
         ids: I32,
         sequences: Sequence[tuple[int, KvCache]],
-        bits: float,
+        bits: Bits,
         logits: Logits,
     ) -> F32 | None:
         """One native call for the next tokens of some sequences, whose caches then hold them."""
@@ -199,7 +200,7 @@ class Decoder:
             cache.advance(count)
         return out
 
-    def bytes_per_pass(self, bits: float) -> int:
+    def bytes_per_pass(self, bits: Bits) -> int:
         """Bytes of weights that one decode step reads: layers and head at `bits`, one embedding row."""
         widths = self.widths(bits)
         matrices = sum(block.bytes_read(widths) for block in self._parts.blocks)
@@ -211,22 +212,24 @@ class Decoder:
         """Whether it can be read at a fraction of bits."""
         return self._parts.sensitivity is not None
 
-    def widths(self, bits: float) -> Mapping[str, int]:
+    def widths(self, bits: Bits) -> Mapping[str, int]:
         """Matrix name to the planes that a reading takes of it.
 
         A fraction of bits is a budget in bits per weight (planes read over weights, embedding and head
         included), spent where the file's sensitivity says that it helps most (`taper.precision.allocation`).
+        `LayerBits` reads each layer's matrices as the model at the layer's bits.
 
         Raises:
-            UsageError: bits outside the weights, or a fraction without sensitivity.
+            UsageError: bits outside the weights, a fraction without sensitivity, or bits of another number of
+                layers.
         """
         return self._readings.widths(bits)
 
-    def bits_per_weight(self, bits: float) -> float:
+    def bits_per_weight(self, bits: Bits) -> float:
         """Planes that a reading takes over weights, embedding and head included. Raises as `widths`."""
         return self._readings.bits_per_weight(bits)
 
-    def reading_bytes(self, bits: float) -> int:
+    def reading_bytes(self, bits: Bits) -> int:
         """Bytes of a file that a reading needs: header, tokenizer, scales and other small tensors, its
         planes.
 
@@ -252,12 +255,12 @@ class Decoder:
             )
         return ids
 
-    def _checked_widths(self, bits: float, logits: str) -> Mapping[str, int]:
+    def _checked_widths(self, bits: Bits, logits: str) -> Mapping[str, int]:
         if logits not in get_args(Logits):
             raise UsageError(f"logits {logits!r} is none of {', '.join(get_args(Logits))}")
         return self.widths(bits)
 
-    def _widths_of(self, bits: float) -> U8:
+    def _widths_of(self, bits: Bits) -> U8:
         """The reading's widths in the order of the native decoder."""
         widths = self.widths(bits)
         layers = (f"layers.{index}" for index in range(self.config.num_layers))
@@ -265,8 +268,8 @@ class Decoder:
         return np.array([widths[name] for name in [*names, self._parts.head_name]], dtype=np.uint8)
 
 
-def _not_finite(position: int, bits: float) -> TaperError:
+def _not_finite(position: int, bits: Bits) -> TaperError:
     return TaperError(
-        f"the result after position {position} at {bits:g} bits is not finite",
+        f"the result after position {position} at {bits} bits is not finite",
         hint="the weights are damaged or too large for float16 keys; try taper inspect --verify",
     )

@@ -9,6 +9,7 @@ from taper.errors import UsageError
 from taper.formats.sensitivity import Sensitivity
 from taper.formats.spec import MatrixSpec
 from taper.precision.allocation import allocate, bits_per_weight
+from taper.precision.policy import Bits, LayerBits
 
 # A policy of its own may answer any number; each costs an allocation, milliseconds to a third of a second.
 _MAX_KEPT = 1024
@@ -31,26 +32,44 @@ class Readings:
         self._min_bits = min_bits
         self._max_bits = max_bits
         self._sensitivity = sensitivity
+        layers = [spec.name.split(".") for spec in matrices]
+        self._layer_of = [int(parts[1]) if parts[0] == "layers" else None for parts in layers]
+        self._num_layers = 1 + max((index for index in self._layer_of if index is not None), default=-1)
         self._resolved = lru_cache(maxsize=_MAX_KEPT)(self._resolve)
 
-    def widths(self, bits: float) -> Mapping[str, int]:
+    def widths(self, bits: Bits) -> Mapping[str, int]:
         """Matrix name to planes read.
 
         Args:
             bits: a whole number b reads b planes of every matrix, or all that a matrix has where they are
                 fewer; a fraction is a budget in bits per weight, spent where the sensitivity says that it
-                helps most.
+                helps most. `LayerBits` reads the matrices of each layer as the model at the layer's bits.
 
         Raises:
-            UsageError: bits outside the model, or a fraction of a model without sensitivity.
+            UsageError: bits outside the model, a fraction of a model without sensitivity, or bits of another
+                number of layers.
         """
         return self._resolved(bits)
 
-    def bits_per_weight(self, bits: float) -> float:
+    def bits_per_weight(self, bits: Bits) -> float:
         """Planes read over weights, embedding and head included; a fraction reads no more than it says."""
         return bits_per_weight(self.widths(bits), self._num_weights)
 
-    def _resolve(self, bits: float) -> dict[str, int]:
+    def _resolve(self, bits: Bits) -> dict[str, int]:
+        return self._by_layer(bits) if isinstance(bits, LayerBits) else self._by_budget(bits)
+
+    def _by_layer(self, bits: LayerBits) -> dict[str, int]:
+        if len(bits.layers) != self._num_layers:
+            raise UsageError(
+                f"{len(bits.layers)} layers have bits, the model has {self._num_layers}",
+                hint="give every layer its bits",
+            )
+        return {
+            spec.name: self.widths(bits.head if layer is None else bits.layers[layer])[spec.name]
+            for spec, layer in zip(self._matrices, self._layer_of, strict=True)
+        }
+
+    def _by_budget(self, bits: float) -> dict[str, int]:
         low, high = self._min_bits, self._max_bits
         if not low <= bits <= high:
             raise UsageError(

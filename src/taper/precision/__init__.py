@@ -2,11 +2,21 @@
 
 from taper.precision.kinds import Exact, Fixed, PhaseAware, Progressive, ProgressiveThirds
 from taper.precision.parse import describe_widths, parse_policy
-from taper.precision.policy import LogitFeatures, Phase, PrecisionPolicy, StepContext, whole_bits
+from taper.precision.policy import (
+    Bits,
+    LayerBits,
+    LogitFeatures,
+    Phase,
+    PrecisionPolicy,
+    StepContext,
+    whole_bits,
+)
 
 __all__ = [
+    "Bits",
     "Exact",
     "Fixed",
+    "LayerBits",
     "LogitFeatures",
     "Phase",
     "PhaseAware",

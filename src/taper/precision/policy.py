@@ -52,6 +52,30 @@ class StepContext:
     allows_fractions: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class LayerBits:
+    """Bits of one pass, layer by layer (DP-LLM, arXiv 2508.06041, section 3: each layer at each step).
+
+    The matrices of a layer get the planes that they have when the whole model is read at its bits, so a
+    fraction is spent within the layer as it would be in the model.
+
+    Attributes:
+        layers: bits of layer 0, layer 1, ...
+        head: bits of the head, and of an embedding that is not the head where bits are counted.
+    """
+
+    layers: tuple[float, ...]
+    head: float
+
+    def __str__(self) -> str:
+        """`4 4 3 3 | 4`: the layers, then the head."""
+        return " ".join(f"{bits:g}" for bits in self.layers) + f" | {self.head:g}"
+
+
+# What a pass may be read at.
+Bits = float | LayerBits
+
+
 @runtime_checkable
 class PrecisionPolicy(Protocol):
     """Chooses the bits of every forward pass. A policy that keeps state serves one request only."""
@@ -61,11 +85,11 @@ class PrecisionPolicy(Protocol):
         """The policy as text, for the record of a run."""
         ...
 
-    def bits(self, step: StepContext) -> float:
+    def bits(self, step: StepContext) -> Bits:
         """Bits for this pass, `step.min_bits`..`step.max_bits`; the engine refuses anything else.
 
         A fraction is a budget in bits per weight, for models that hold the sensitivity to spend it by
-        (`step.allows_fractions`).
+        (`step.allows_fractions`). `LayerBits` gives each of the model's layers bits of its own.
         """
         ...
 
