@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -149,8 +151,17 @@ def test_close_ends_the_thread(growing):
     decoder.follow()
     thread = next(thread for thread in threading.enumerate() if thread.name == "taper-arrival")
     decoder.close()
-    thread.join(timeout=30)
     assert not thread.is_alive()
+
+
+def test_a_process_ends_quietly_while_its_file_arrives(whole, tmp_path):
+    path = tmp_path / "cut.taper"
+    path.write_bytes(whole.read_bytes()[: TaperFile.open(whole).bytes_at(3)])
+    code = (
+        f"import taper; llm = taper.load({str(path)!r}, progressive=True); print(llm.arrival.available_bits)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("3\n", "")
 
 
 def test_load_of_a_cached_file_is_a_plain_decoder(whole, monkeypatch):

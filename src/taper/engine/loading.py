@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ class ArrivingDecoder:
     def __init__(self, arrival: Arrival) -> None:
         self._arrival = arrival
         self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
         self._error: str | None = None
         self._take()
         self.max_bits = self.file.total_bits
@@ -58,12 +60,18 @@ class ArrivingDecoder:
         return moved
 
     def follow(self) -> None:
-        """Advance in a thread until the file is complete or `close` is called."""
-        threading.Thread(target=self._follow, name="taper-arrival", daemon=True).start()
+        """Advance in a thread until the file is complete or `close` is called, at the latest at exit."""
+        self._thread = threading.Thread(target=self._follow, name="taper-arrival", daemon=True)
+        self._thread.start()
+        # A thread that the interpreter's end stops in its tracks keeps native objects from being freed.
+        atexit.register(self.close)
 
     def close(self) -> None:
         """Read no more; what has arrived stays."""
         self._closed.set()
+        if self._thread is not None:
+            self._thread.join()
+        atexit.unregister(self.close)
 
     def release_planes(self, above_bits: int) -> None:
         """See `TaperFile.release_planes`."""
