@@ -94,6 +94,7 @@ class ArrivingDecoder:
             self._error = str(error)
         finally:
             self._arrival.close()
+            atexit.unregister(self.close)
 
     def _take(self) -> None:
         """Built first, then put in place by one assignment: a pass in another thread has either of them."""
