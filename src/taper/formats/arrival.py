@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,7 +19,7 @@ from taper.formats.safetensors_header import (
     SafetensorsHeader,
     read_header,
 )
-from taper.formats.spec import DIGEST_DIGITS
+from taper.formats.spec import DIGEST_DIGITS, TaperHeader
 from taper.formats.validate import validate
 
 # 20 ms of a disk or network at 200 MB/s: a plane is known to be whole soon after its last byte, and each read
@@ -30,8 +31,6 @@ POLL_S = 0.02
 STALL_S = 10.0
 # What curl, browsers and most download tools write to until the file is whole.
 PARTIAL_SUFFIX = ".part"
-# Every page of a chunk would be a system call each; the kernel reads ahead and drops pages in longer runs.
-_PROBE_BYTES = 1 << 20
 
 # (bytes that are there, bytes that are needed)
 Progress = Callable[[int, int], None]
@@ -69,6 +68,7 @@ class Arrival:
         self._buffer = memoryview(bytearray(CHUNK_BYTES))
         self._position = 0
         self._frame: SafetensorsHeader | None = None
+        self._header: TaperHeader | None = None
         self._ends: dict[int, int] = {}
         self._min_bits = 0
         self._checker: Checker | None = None
@@ -141,11 +141,14 @@ class Arrival:
 
     def open(self) -> TaperFile:
         """The file with the planes that are available."""
-        return TaperFile.open(self.path, max_bits=self.available_bits)
+        assert self._frame is not None
+        assert self._header is not None
+        frame = replace(self._frame, file_bytes=self._size())
+        return TaperFile(self.path, frame, self._header, self.available_bits)
 
     def notice(self) -> str | None:
         """One line for people where the file is shorter than its header says, else None."""
-        size = os.fstat(self._file.fileno()).st_size
+        size = self._size()
         if size >= self._total_bytes:
             return None
         if self._has_stalled(time.time()):
@@ -164,6 +167,9 @@ class Arrival:
         assert self._frame is not None
         return self._frame.data_begin + self._frame.data_bytes
 
+    def _size(self) -> int:
+        return os.fstat(self._file.fileno()).st_size
+
     def _has_stalled(self, now_s: float) -> bool:
         return now_s - os.fstat(self._file.fileno()).st_mtime > STALL_S
 
@@ -176,20 +182,22 @@ class Arrival:
         self._file.seek(0)
         start = self._file.read(LENGTH_FIELD_BYTES)
         length = int.from_bytes(start, "little")
-        size = os.fstat(self._file.fileno()).st_size
+        size = self._size()
         if len(start) < LENGTH_FIELD_BYTES or size < LENGTH_FIELD_BYTES + length <= MAX_HEADER_BYTES:
             return False
         frame = read_header(self.path)
-        self._min_bits = validate(self.path, frame).min_bits
+        self._header = validate(self.path, frame)
+        self._min_bits = self._header.min_bits
         self._ends = plane_ends(frame)
         if self._verify:
             self._checker = Checker(frame)
-        self._frame = frame
+        # The text of the header is megabytes, and nothing needs it any more.
+        self._frame = replace(frame, raw=b"", metadata={})
         return True
 
     def _take_chunk(self, only_cached: bool) -> int:
         """Bytes of the next chunk that are in memory after the call."""
-        size = min(os.fstat(self._file.fileno()).st_size, self._total_bytes)
+        size = min(self._size(), self._total_bytes)
         end = min(self._position + CHUNK_BYTES, size)
         if end <= self._position:
             return 0
@@ -246,16 +254,18 @@ def plane_ends(frame: SafetensorsHeader) -> dict[int, int]:
 
 
 def is_cached(file: BinaryIO, begin: int, end: int) -> bool:
-    """Whether a part of a file is in the page cache, by looking at one byte in each MiB of it.
+    """Whether a part of a file is in the page cache, by its first and its last byte.
 
-    False where the system cannot tell (other than Linux): then it is read, which costs a copy.
+    The kernel reads ahead and drops pages in long runs; every page would be a system call each. A hole that
+    this misses is read when it is used. False where the system cannot tell (other than Linux): then all is
+    read, which costs a copy.
     """
     if not hasattr(os, "RWF_NOWAIT"):
         return False
     byte = bytearray(1)
     try:
         return all(
-            os.preadv(file.fileno(), [byte], offset, os.RWF_NOWAIT) == 1 for offset in _probes(begin, end)
+            os.preadv(file.fileno(), [byte], offset, os.RWF_NOWAIT) == 1 for offset in (begin, end - 1)
         )
     except OSError:  # EAGAIN: not cached; EOPNOTSUPP: the file system cannot tell
         return False
@@ -264,8 +274,3 @@ def is_cached(file: BinaryIO, begin: int, end: int) -> bool:
 def renamed(path: Path) -> Path:
     """What a partial file is called once it is whole; any other path stays."""
     return path.with_name(path.name.removesuffix(PARTIAL_SUFFIX))
-
-
-def _probes(begin: int, end: int) -> Iterator[int]:
-    yield from range(begin, end, _PROBE_BYTES)
-    yield end - 1
