@@ -133,16 +133,12 @@ def command(
         raise UsageError(
             f"{len(arguments)} arguments; at most MODEL and PROMPT", hint="put the prompt in quotes"
         )
-    if policy is not None and bits is not None:
-        raise UsageError(
-            "--policy and --bits exclude each other", hint=f"--bits {bits:g} is --policy fixed:{bits:g}"
-        )
     model, prompt = split_arguments(arguments)
     prompt = _piped_prompt() if prompt is None else prompt
     if prompt is None and as_json:
         raise UsageError("--json needs a prompt", hint='give one: taper run MODEL "PROMPT" --json')
+    asked = _asked_policy(policy, bits)
     set_threads(threads)
-    asked = f"fixed:{bits:.9g}" if bits is not None else policy
     if progressive_load is None:
         # What is given a policy or a seed, or read by a program, must not depend on the speed of a disk.
         progressive_load = asked is None and sampling["seed"] is None and not as_json
@@ -232,6 +228,15 @@ def as_record(completion: Completion) -> dict[str, Any]:
         "usage": dataclasses.asdict(completion.usage),
         "audit": None if completion.audit is None else completion.audit.as_record(),
     }
+
+
+def _asked_policy(policy: str | None, bits: float | None) -> str | None:
+    """The text of --policy or --bits, which exclude each other."""
+    if policy is not None and bits is not None:
+        raise UsageError(
+            "--policy and --bits exclude each other", hint=f"--bits {bits:g} is --policy fixed:{bits:g}"
+        )
+    return policy if bits is None else f"fixed:{bits:.9g}"
 
 
 def _load(model: str | None, progressive: bool, memory_budget: int | Literal["auto"] | None) -> LLM:

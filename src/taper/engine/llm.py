@@ -18,7 +18,7 @@ from taper.engine.model_runner import Model
 from taper.engine.request import Request
 from taper.engine.sampling_params import SamplingParams
 from taper.errors import ModelNotFoundError, UsageError
-from taper.formats.arrival import Progress
+from taper.formats.arrival import Arrival, Progress
 from taper.formats.container import TaperFile
 from taper.formats.huggingface import HfCheckpoint
 from taper.models import Decoder
@@ -240,15 +240,20 @@ def load(
         return LLM(Decoder.from_hf(checkpoint), checkpoint.tokenizer_json, checkpoint.chat_template)
     arrival = begun_arrival(path, verify, waiting) if progressive else None
     if arrival is not None and not arrival.is_whole:
-        arriving, notice = ArrivingDecoder(arrival), arrival.notice()
-        limits = Limits(lambda: arriving.available_bits, _budget(arriving.file, arriving, memory_budget))
-        arriving.follow()
-        file = arriving.file
-        return LLM(arriving, file.tokenizer_json, file.chat_template, file.policies, notice, limits)
+        return _arriving(arrival, memory_budget)
     file = TaperFile.open(path, verify=verify) if arrival is None else arrival.open()
     limits = Limits(budget=_budget(file, file, memory_budget))
     decoder = Decoder.from_taper(file)
     return LLM(decoder, file.tokenizer_json, file.chat_template, file.policies, file.notice(), limits)
+
+
+def _arriving(arrival: Arrival, memory_budget: int | Literal["auto"] | None) -> LLM:
+    """A model that runs while its file comes in."""
+    decoder, notice = ArrivingDecoder(arrival), arrival.notice()
+    file = decoder.file
+    limits = Limits(lambda: decoder.available_bits, _budget(file, decoder, memory_budget))
+    decoder.follow()
+    return LLM(decoder, file.tokenizer_json, file.chat_template, file.policies, notice, limits)
 
 
 def _budget(file: TaperFile, planes: Planes, total: int | Literal["auto"] | None) -> MemoryBudget | None:
