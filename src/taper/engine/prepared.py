@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 
@@ -41,10 +42,7 @@ class PreparedPrompt:
         Its last token is left out: the pass that reads it gives the first logits.
         """
         pairs = zip(self._ids[: self._runner.position], prompt_ids[:-1], strict=False)
-        shared = next(
-            (index for index, (ours, theirs) in enumerate(pairs) if ours != theirs),
-            min(self._runner.position, len(prompt_ids) - 1),
-        )
+        shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
         self._runner.truncate(shared)
         self._runner.expect(num_tokens)
         return self._runner
