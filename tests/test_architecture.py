@@ -23,8 +23,9 @@ HEIGHT = {
     "engine": 4,
     "quantize": 5,
     "evaluate": 5,
-    "cli": 6,
-    "testing": 6,
+    "tune": 6,
+    "cli": 7,
+    "testing": 7,
 }
 SIDEWAYS = {("models", "kvcache"), ("models", "precision")}
 NEVER = {"torch", "transformers", "matplotlib"}

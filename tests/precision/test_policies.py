@@ -56,6 +56,13 @@ def test_progressive_switches_exactly_at_its_tokens():
     assert bits_of_tokens(policy, 70) == [6] * 16 + [4] * 48 + [3] * 6
 
 
+def test_progressive_may_give_the_prompt_more_bits():
+    policy = parse_policy("progressive:8/4@0,3@2", MIN_BITS, MAX_BITS)
+    assert bits_of_tokens(policy, 4) == [8, 4, 3, 3]
+    assert parse_policy(policy.name, MIN_BITS, MAX_BITS) == policy
+    assert parse_policy("progressive:4/4@0,3@2", MIN_BITS, MAX_BITS).name == "progressive:4@0,3@2"
+
+
 def test_default_progressive_uses_thirds_of_the_token_limit():
     policy = parse_policy("progressive", MIN_BITS, MAX_BITS)
     assert bits_of_tokens(policy, 9) == [8, 5, 5, 4, 4, 4, 3, 3, 3]
@@ -138,6 +145,10 @@ def test_bits_outside_the_file_name_the_widths(text):
         ("progressive:4@0,3@0", "0 does not come after 0"),
         ("progressive:4@0,3@8,2@8", "8 does not come after 8"),
         ("progressive:3@0,4@8", "bits rise from 3 to 4 at token 8"),
+        ("progressive:3/4@0", "bits rise from 3 in the prompt to 4"),
+        ("progressive:/4@0", "'' is not a number of bits"),
+        ("progressive:8/", "'' is no switch point"),
+        ("progressive:4@0/3@0", "'4@0' is not a number of bits"),
     ],
 )
 def test_bad_text_says_why_and_shows_an_example(text, reason):

@@ -86,20 +86,25 @@ class Progressive:
     """Bits that only fall as the answer grows, at given switch points (PMPD, section 3).
 
     `points` are (bits, start): the token with index `start` (from 0) and those after it are drawn from passes
-    at `bits`. The first start is 0 and covers the prompt, because the prompt's last pass draws token 0. PMPD
-    counts decode passes instead: its s passes at p_h are a switch at start = s + 1 here, and its rule that
-    the first decode pass always runs at p_h is a first switch at 2 or later.
+    at `bits`. The first start is 0 and covers the prompt, because the prompt's last pass draws token 0; the
+    prompt's bits may be more, `prefill_bits`. PMPD counts decode passes instead: its s passes at p_h are a
+    switch at start = s + 1 here, and its rule that the first decode pass always runs at p_h is a first switch
+    at 2 or later.
     """
 
     points: tuple[tuple[float, int], ...]
+    prefill_bits: float | None = None
 
     @cached_property
     def name(self) -> str:
-        """`progressive:B@START,...`."""
-        return "progressive:" + ",".join(f"{bits:.9g}@{start}" for bits, start in self.points)
+        """`progressive:B@START,...`, or `progressive:P/B@START,...` with bits of the prompt's own."""
+        prefill = "" if self.prefill_bits is None else f"{self.prefill_bits:.9g}/"
+        return f"progressive:{prefill}" + ",".join(f"{bits:.9g}@{start}" for bits, start in self.points)
 
     def bits(self, step: StepContext) -> float:
-        """Bits of the last switch point that the sequence has reached."""
+        """The prompt's bits, or those of the last switch point that the sequence has reached."""
+        if step.phase == "prefill" and self.prefill_bits is not None:
+            return self.prefill_bits
         return next(bits for bits, start in reversed(self.points) if start <= step.num_generated)
 
 

@@ -67,8 +67,9 @@ def parse_policy(text: str, min_bits: int, max_bits: int, allows_fractions: bool
     `fixed:B`; `exact[:H[/D]]` (the output of fixed:H, drafted at D bits; without them H is the largest width
     and the engine chooses D); `phase:P/D` (prompt at P bits, decode at D); `progressive:B@0,B@N,...` (prompt
     and first tokens at the first width, from the token with index N on at the next; bits never rise);
-    `progressive` (a default for the model's widths, `ProgressiveThirds`). Bits may be a fraction, as in
-    fixed:3.3, where `allows_fractions` says that the model holds the sensitivity to spend it by.
+    `progressive:P/B@0,B@N,...` (the prompt at P bits of its own); `progressive` (a default for the model's
+    widths, `ProgressiveThirds`). Bits may be a fraction, as in fixed:3.3, where `allows_fractions` says that
+    the model holds the sensitivity to spend it by.
 
     Raises:
         UsageError: not a policy, bits that the model does not hold, bits that rise.
@@ -101,7 +102,8 @@ def _phase(source: _Source, argument: str) -> PrecisionPolicy:
 def _progressive(source: _Source, argument: str) -> PrecisionPolicy:
     if source.text.strip() == "progressive":
         return ProgressiveThirds.for_widths(source.min_bits, source.max_bits)
-    points = tuple(_switch_point(source, word) for word in argument.split(","))
+    before, slash, switches = argument.rpartition("/")
+    points = tuple(_switch_point(source, word) for word in switches.split(","))
     if points[0][1] != 0:
         raise source.refuse(f"the first switch point is at token {points[0][1]}; it must be at 0")
     for (bits, start), (next_bits, next_start) in itertools.pairwise(points):
@@ -111,7 +113,13 @@ def _progressive(source: _Source, argument: str) -> PrecisionPolicy:
             raise source.refuse(
                 f"bits rise from {bits:g} to {next_bits:g} at token {next_start}; they may only fall"
             )
-    return Progressive(points)
+    prefill_bits = source.bits(before) if slash else None
+    if prefill_bits is not None and prefill_bits < points[0][0]:
+        raise source.refuse(
+            f"bits rise from {prefill_bits:g} in the prompt to {points[0][0]:g}; they may only fall"
+        )
+    # One text for one policy: a prompt at the first width needs no bits of its own.
+    return Progressive(points, None if prefill_bits == points[0][0] else prefill_bits)
 
 
 def _switch_point(source: _Source, word: str) -> tuple[float, int]:
