@@ -24,6 +24,7 @@ COMMANDS = {
     "inspect": "Show what a .taper file holds.",
     "eval": "Measure quality at several widths.",
     "recommend": "Say which bits fit a memory or a loss.",
+    "tune": "Find a schedule of bits for a task.",
     "bench": "Measure prefill and decode speed.",
 }
 

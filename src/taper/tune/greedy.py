@@ -91,6 +91,11 @@ class GreedyWalk:
         self._first: tuple[F32, float] | None = None
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens drawn so far."""
+        return len(self.tokens)
+
+    @property
     def is_finished(self) -> bool:
         """Whether the answer has ended."""
         return len(self.tokens) == self._max_tokens or bool(self.tokens and self.tokens[-1] in self._stop_ids)
