@@ -84,6 +84,7 @@ def test_likelihood_tunes_this_model_to_fewer_bits(model, options):
     )
     assert report.shown == report.winner
     assert all(row.token_ms > 0 for row in report.controls)
+    assert report.engine_saved_frac == 1 - report.shown.token_ms / report.controls[0].token_ms
     assert report.to_dict()["winner"]["policy"] == report.winner.policy
 
 

@@ -240,8 +240,9 @@ def _verdict(report: TuneReport) -> str:
             f"no schedule holds the limit of {report.max_loss:.2%} with confidence: "
             f"stay at {report.high_bits:g} bits, give more prompts, or allow more"
         )
-    row = report.winner
+    row, in_engine = report.winner, report.engine_saved_frac
+    timed = "" if in_engine is None else f" ({in_engine:.1%} of its time in the engine)"
     return (
-        f"{row.policy} saves {row.saved_frac:.1%} of {report.high_bits:g} bits' {report.objective}; "
+        f"{row.policy} saves {row.saved_frac:.1%} of {report.high_bits:g} bits' {report.objective}{timed}; "
         f"loss {row.loss:+.3%}, with {report.confidence:.0%} confidence below {row.upper:.3%}"
     )

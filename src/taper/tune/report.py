@@ -87,6 +87,14 @@ class TuneReport:
     shown: Row | None
     controls: tuple[Row, ...]
 
+    @property
+    def engine_saved_frac(self) -> float | None:
+        """What the shown schedule saves of uniform high's measured time; None without a schedule."""
+        high = next((row for row in self.controls if row.policy == f"fixed:{self.high_bits:.9g}"), None)
+        if self.shown is None or not self.shown.token_ms or high is None or not high.token_ms:
+            return None
+        return 1.0 - self.shown.token_ms / high.token_ms
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return dataclasses.asdict(self)
