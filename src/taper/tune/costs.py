@@ -52,7 +52,8 @@ class Costs:
 
     def of(self, schedule: Schedule) -> float:
         """Mean cost of a token of the answer, the prompt's included."""
-        passes = sum(self.decode[bits] for bits in schedule.decode_bits)
+        passes = sum(count * self.decode[bits] for bits, count in schedule.runs)
+        passes -= self.decode[schedule.runs[0][0]]  # token 0 costs no decode pass
         return (self.prefill[schedule.prefill_bits] + passes) / schedule.max_tokens
 
 

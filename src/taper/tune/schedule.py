@@ -10,8 +10,8 @@ from functools import cached_property
 
 from taper.errors import UsageError
 
-# A schedule is some 200 bytes and a microsecond of arithmetic in each step of the search.
-MAX_SCHEDULES = 1_000_000
+# A schedule of 16 segments is some 600 bytes: 120 MB in all. 7 widths and 16 segments make 100,947.
+MAX_SCHEDULES = 200_000
 
 
 @dataclass(frozen=True)
