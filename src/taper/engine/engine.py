@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from numbers import Integral, Real
 from types import TracebackType
 
@@ -30,6 +30,7 @@ from taper.errors import DoesNotFitError, UsageError
 from taper.precision import (
     Bits,
     Exact,
+    KvEntries,
     LayerBits,
     LogitFeatures,
     Phase,
@@ -369,7 +370,8 @@ class Engine:
     ) -> tuple[Logits, StepOutput]:
         """One decode pass and its token."""
         began_ns = time.perf_counter_ns()
-        bits = self._bits(sequence, "decode", runner.position, lambda: logit_features(last_logits))
+        features = partial(logit_features, last_logits)
+        bits = self._bits(sequence, "decode", runner.position, features, runner.last_layer_kv)
         logits = runner.decode(sequence.tokens[-1].token_id, bits)
         sequence.num_decode_passes += 1
         sequence.decode_bytes += runner.bytes_of_last_pass(bits)
@@ -392,11 +394,12 @@ class Engine:
         phase: Phase,
         position: int,
         features: Callable[[], LogitFeatures] | None,
+        kv: Callable[[], KvEntries] | None = None,
     ) -> Bits:
         """Ask the policy, refuse an answer that the model does not hold, and keep it within the limits."""
         low, high, fractions = self.model.min_bits, self.model.max_bits, self.model.has_sensitivity
         count, limit = len(sequence.tokens), sequence.max_tokens
-        step = StepContext(phase, position, count, limit, low, high, features, fractions)
+        step = StepContext(phase, position, count, limit, low, high, features, fractions, kv)
         policy = sequence.request.policy
         bits = policy.bits(step)
         if not isinstance(bits, LayerBits):

@@ -21,6 +21,7 @@ from taper.errors import ModelNotFoundError, UsageError
 from taper.formats.arrival import Arrival, Progress
 from taper.formats.container import TaperFile
 from taper.formats.huggingface import HfCheckpoint
+from taper.formats.learned import LearnedScheduler
 from taper.models import Decoder
 from taper.precision import PrecisionPolicy, parse_policy
 from taper.tokenizer import ChatTemplate, Message, Tokenizer
@@ -42,6 +43,7 @@ class LLM:
             asked for.
         notice: what the user should know about the file, such as that it is cut short.
         limits: as in `Engine`.
+        learned: the file's scheduler for the policy `learned`.
     """
 
     def __init__(
@@ -52,11 +54,13 @@ class LLM:
         policies: Mapping[str, str] | None = None,
         notice: str | None = None,
         limits: Limits | None = None,
+        learned: LearnedScheduler | None = None,
     ) -> None:
         tokenizer = None if tokenizer_json is None else Tokenizer(tokenizer_json)
         self.engine = Engine(model, tokenizer, limits=limits)
         self.policies = dict(policies or {})
         self.notice = notice
+        self.learned = learned
         self._template = ChatTemplate(chat_template, self._template_variables()) if chat_template else None
 
     @property
@@ -177,7 +181,8 @@ class LLM:
         if not isinstance(policy, str):
             return policy
         text = self.policies.get(policy, policy)
-        return parse_policy(text, self.min_bits, self.max_bits, self.engine.model.has_sensitivity)
+        fractions = self.engine.model.has_sensitivity
+        return parse_policy(text, self.min_bits, self.max_bits, fractions, self.learned)
 
     @property
     def arrival(self) -> ArrivingDecoder | None:
@@ -244,7 +249,7 @@ def load(
     file = TaperFile.open(path, verify=verify) if arrival is None else arrival.open()
     limits = Limits(budget=_budget(file, file, memory_budget))
     decoder = Decoder.from_taper(file)
-    return LLM(decoder, file.tokenizer_json, file.chat_template, file.policies, file.notice(), limits)
+    return _llm(decoder, file, file.notice(), limits)
 
 
 def _arriving(arrival: Arrival, memory_budget: int | Literal["auto"] | None) -> LLM:
@@ -253,7 +258,20 @@ def _arriving(arrival: Arrival, memory_budget: int | Literal["auto"] | None) -> 
     file = decoder.file
     limits = Limits(lambda: decoder.available_bits, _budget(file, decoder, memory_budget))
     decoder.follow()
-    return LLM(decoder, file.tokenizer_json, file.chat_template, file.policies, notice, limits)
+    return _llm(decoder, file, notice, limits)
+
+
+def _llm(model: Model, file: TaperFile, notice: str | None, limits: Limits) -> LLM:
+    """A file's model with what else its header holds."""
+    return LLM(
+        model,
+        file.tokenizer_json,
+        file.chat_template,
+        file.policies,
+        notice,
+        limits=limits,
+        learned=file.learned,
+    )
 
 
 def _budget(file: TaperFile, planes: Planes, total: int | Literal["auto"] | None) -> MemoryBudget | None:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from taper.config import ModelConfig
-from taper.precision import Bits, LayerBits
+from taper.precision import Bits, KvEntries, LayerBits
 
 
 class Cache(Protocol):
@@ -26,6 +26,10 @@ class Cache(Protocol):
 
     def truncate(self, num_tokens: int) -> None:
         """Keep the first `num_tokens` entries."""
+        ...
+
+    def entries(self, layer: int) -> KvEntries:
+        """Copies of a layer's keys and values, float32 (kv_heads, num_tokens, head_dim)."""
         ...
 
 
@@ -132,6 +136,11 @@ class ModelRunner:
     def recorded(self, bits: Bits) -> float:
         """What records say of a reading: the bits asked for, or the planes over weights of `LayerBits`."""
         return self._model.bits_per_weight(bits) if isinstance(bits, LayerBits) else bits
+
+    def last_layer_kv(self) -> KvEntries:
+        """Copies of the last layer's keys and values so far, float32 (kv_heads, position, head_dim)."""
+        assert self._cache is not None
+        return self._cache.entries(-1)
 
     def bytes_of_last_pass(self, bits: Bits) -> int:
         """Bytes that the pass before this call read: weights, and the KV entries up to its last token."""

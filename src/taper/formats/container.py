@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from taper.config import ModelConfig
 from taper.errors import CorruptFileError, ModelNotFoundError
+from taper.formats.learned import LearnedScheduler
 from taper.formats.outliers import OUTLIER_PARTS, OutlierRows
 from taper.formats.safetensors_header import SafetensorsHeader, read_header
 from taper.formats.sensitivity import Sensitivity
@@ -147,6 +148,11 @@ class TaperFile:
     def sensitivity(self) -> Sensitivity | None:
         """What each matrix costs at each width, where it was measured."""
         return self._header.sensitivity
+
+    @property
+    def learned(self) -> LearnedScheduler | None:
+        """What decides the widths of the policy `learned`, where it was trained."""
+        return self._header.learned
 
     @property
     def file_bytes(self) -> int:

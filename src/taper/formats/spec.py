@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from taper.config import ModelConfig
 from taper.errors import UsageError
+from taper.formats.learned import LearnedScheduler
 from taper.formats.outliers import OutlierRows
 from taper.formats.safetensors_header import DTYPE_BYTES, TensorEntry
 from taper.formats.sensitivity import Sensitivity
@@ -193,6 +194,7 @@ class TaperHeader:
         tables: names of the matrices whose rows have values of their own.
         gains: names of the matrices whose inputs are scaled column by column.
         offsets: names of the matrices with a bias for each width.
+        learned: what decides the widths of the policy `learned`.
     """
 
     config: ModelConfig
@@ -211,6 +213,7 @@ class TaperHeader:
     tables: frozenset[str] = frozenset()
     gains: frozenset[str] = frozenset()
     offsets: frozenset[str] = frozenset()
+    learned: LearnedScheduler | None = None
 
     @property
     def matrices(self) -> list[MatrixSpec]:

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from taper.config import ModelConfig, RopeConfig
 from taper.errors import CorruptFileError, ModelNotFoundError
+from taper.formats.learned import LearnedScheduler
 from taper.formats.safetensors_header import SafetensorsHeader, TensorEntry
 from taper.formats.sensitivity import Sensitivity, checked_figures
 from taper.formats.spec import (
@@ -152,6 +153,7 @@ def _header(metadata: dict[str, str]) -> TaperHeader:
         tables=_flagged(matrices, "tables"),
         gains=_flagged(matrices, "gain"),
         offsets=_flagged(matrices, "offsets"),
+        learned=_learned(metadata, config),
         **_measurements(
             metadata, {spec.name: spec for spec in expected_matrices(config, planes, rotated)}, levels
         ),
@@ -211,6 +213,12 @@ def _ceilings(matrices: list[Any], config: ModelConfig, levels: range, rotated: 
     if len(planes) == len(matrices):
         raise ValueError(f"no matrix has the {levels[-1]} planes of the file")
     return planes
+
+
+def _learned(metadata: dict[str, str], config: ModelConfig) -> LearnedScheduler | None:
+    if "learned" not in metadata:
+        return None
+    return LearnedScheduler.from_dict(_json(metadata, "learned", dict), config)
 
 
 def _flagged(matrices: list[dict[str, Any]], flag: str) -> frozenset[str]:

@@ -77,6 +77,17 @@ class KvCache:
         """Bytes that attention of one new token reads when it sees `num_tokens` entries."""
         return num_tokens * self.token_bytes
 
+    def entries(self, layer: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Copies of a layer's filled keys (after RoPE) and values, float32 (kv_heads, num_tokens,
+        head_dim)."""
+        keys, values = self.layers[layer]
+        blocks = keys[:, : -(-self._num_tokens // KEY_BLOCK)].swapaxes(2, 3)
+        rows = blocks.reshape(len(keys), -1, keys.shape[2])
+        return (
+            rows[:, : self._num_tokens].astype(np.float32),
+            values[:, : self._num_tokens].astype(np.float32),
+        )
+
     def require(self, num_tokens: int) -> int:
         """Number of entries after `num_tokens` more. Raises DoesNotFitError beyond the capacity."""
         end = self._num_tokens + num_tokens

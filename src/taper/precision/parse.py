@@ -8,7 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from taper.errors import UsageError
+from taper.formats.learned import LearnedScheduler
 from taper.precision.kinds import Exact, Fixed, PhaseAware, Progressive, ProgressiveThirds
+from taper.precision.learned import Learned
 from taper.precision.policy import PrecisionPolicy, whole_bits
 
 EXAMPLES = "write fixed:4, exact, exact:8/4, phase:6/3, progressive or progressive:6@0,4@16,3@64"
@@ -22,6 +24,7 @@ class _Source:
     min_bits: int
     max_bits: int
     allows_fractions: bool
+    learned: LearnedScheduler | None
 
     @property
     def widths(self) -> str:
@@ -61,7 +64,13 @@ def describe_widths(min_bits: int, max_bits: int) -> str:
     return f"{max_bits} bits" if min_bits == max_bits else f"{min_bits} to {max_bits} bits"
 
 
-def parse_policy(text: str, min_bits: int, max_bits: int, allows_fractions: bool = False) -> PrecisionPolicy:
+def parse_policy(
+    text: str,
+    min_bits: int,
+    max_bits: int,
+    allows_fractions: bool = False,
+    learned: LearnedScheduler | None = None,
+) -> PrecisionPolicy:
     """Read a policy's text for a model of the given widths.
 
     `fixed:B`; `exact[:H[/D]]` (the output of fixed:H, drafted at D bits; without them H is the largest width
@@ -69,12 +78,13 @@ def parse_policy(text: str, min_bits: int, max_bits: int, allows_fractions: bool
     and first tokens at the first width, from the token with index N on at the next; bits never rise);
     `progressive:P/B@0,B@N,...` (the prompt at P bits of its own); `progressive` (a default for the model's
     widths, `ProgressiveThirds`). Bits may be a fraction, as in fixed:3.3, where `allows_fractions` says that
-    the model holds the sensitivity to spend it by.
+    the model holds the sensitivity to spend it by. `learned` (decided once the prompt is read, by the
+    scheduler of the model's file, given as `learned`) makes a new policy each time.
 
     Raises:
         UsageError: not a policy, bits that the model does not hold, bits that rise.
     """
-    source = _Source(text, min_bits, max_bits, allows_fractions)
+    source = _Source(text, min_bits, max_bits, allows_fractions, learned)
     kind, _, argument = text.strip().partition(":")
     if kind not in KINDS:
         raise source.refuse(f"no policy is called {kind!r}; there are {', '.join(KINDS)}")
@@ -122,6 +132,19 @@ def _progressive(source: _Source, argument: str) -> PrecisionPolicy:
     return Progressive(points, None if prefill_bits == points[0][0] else prefill_bits)
 
 
+def _learned(source: _Source, argument: str) -> PrecisionPolicy:
+    if source.text.strip() != "learned":
+        raise source.refuse("learned takes nothing more")
+    if source.learned is None:
+        raise UsageError(
+            f"policy {source.text!r}: this model's file has no learned scheduler",
+            "train one: taper tune FILE --learned --text TEXT",
+        )
+    for bits in (*source.learned.widths, source.learned.prefill_bits):
+        source.bits(f"{bits:.9g}")
+    return Learned(source.learned)
+
+
 def _switch_point(source: _Source, word: str) -> tuple[float, int]:
     bits, at, start = word.partition("@")
     if not at:
@@ -134,4 +157,5 @@ KINDS: dict[str, Callable[[_Source, str], PrecisionPolicy]] = {
     "exact": _exact,
     "phase": _phase,
     "progressive": _progressive,
+    "learned": _learned,
 }

@@ -6,7 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
+import numpy as np
+from numpy.typing import NDArray
+
 Phase = Literal["prefill", "decode"]
+KvEntries = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,8 @@ class StepContext:
         max_tokens: limit on the generated tokens of this request.
         min_bits, max_bits: widths that the model can be read at.
         allows_fractions: whether it can be read at a fraction of bits, too.
+        kv: copies the last layer's keys (after RoPE) and values so far when called, float32 (kv_heads,
+            position, head_dim); None in prefill.
         logit_features: computes the features of the last logits when called; None in prefill.
     """
 
@@ -50,6 +56,7 @@ class StepContext:
     max_bits: int
     logit_features: Callable[[], LogitFeatures] | None = None
     allows_fractions: bool = False
+    kv: Callable[[], KvEntries] | None = None
 
 
 @dataclass(frozen=True, slots=True)

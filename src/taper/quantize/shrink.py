@@ -181,6 +181,7 @@ class Shrinker:
             codebook=old.codebook.cut(high),
             planes={name: bits for name, bits in widths.items() if bits < high},
             card={},
+            learned=None,
             policies={name: text for name, text in old.policies.items() if _fits(text, low, high)},
             provenance={**old.provenance, "allocation": self._budget.to_dict()},
             sensitivity=self._sensitivity.cut(num_widths),
