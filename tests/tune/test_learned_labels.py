@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -24,33 +26,36 @@ SET = PromptSet("t", PROMPTS, 12, ((),) * 2, (0, 1))
 PLAN = LabelPlan((4, 3, 2), 8, 4, 8)
 
 
-def one_token_at_a_time(decoder, prompt, bits_of_token):
-    """KL of each token after the first under these bits, by single passes over the reference's answer."""
-    walk = GreedyWalk(decoder, prompt, 12, keep_logits=True)
+def one_token_at_a_time(decoder, prompt, bits_of_token, given=()):
+    """KL of each token after the first under these bits, by single passes over one answer."""
+    walk = GreedyWalk(decoder, prompt, 12)
     walk.prefill(8)
     walk.extend(8, 12)
-    cache = decoder.new_cache(64)
+    tokens = list(given or walk.tokens)
+    cache, full = decoder.new_cache(64), decoder.new_cache(64)
     decoder.forward(prompt, cache, 8, "none")
+    decoder.forward(prompt, full, 8, "none")
     found = []
-    for n in range(1, len(walk.tokens)):
-        logits = decoder.forward(walk.tokens[n - 1 : n], cache, bits_of_token(n))
-        reference = walk.logits[n][None]
+    for n in range(1, len(tokens)):
+        logits = decoder.forward(tokens[n - 1 : n], cache, bits_of_token(n))
+        reference = decoder.forward(tokens[n - 1 : n], full, 8)
         found.append(
             kl_divergences(reference, log_normalisers(reference), logits, log_normalisers(logits))[0]
         )
     return np.array(found)
 
 
-def test_damage_is_that_of_the_schedule(decoder):
+@pytest.mark.parametrize("given", [(), tuple(range(100, 110))])
+def test_damage_is_that_of_the_schedule(decoder, given):
     """Every branch against its own run from the prompt on: nothing of another branch stays in the cache."""
-    measured = measure_prompts(decoder, SET, PLAN)
+    measured = measure_prompts(decoder, dataclasses.replace(SET, references=(given,) * 2), PLAN)
     for prompt, found in zip(PROMPTS, measured, strict=True):
         for pair, (high, low) in enumerate(((4, 3), (3, 2))):
-            at_high = one_token_at_a_time(decoder, prompt, lambda n, high=high: high)
+            at_high = one_token_at_a_time(decoder, prompt, lambda n, high=high: high, given)
             assert found.damage[pair, 4] == 0
             for segment, start in enumerate((1, 3, 6, 9)):
                 switched = one_token_at_a_time(
-                    decoder, prompt, lambda n, s=start, h=high, lo=low: lo if n >= s else h
+                    decoder, prompt, lambda n, s=start, h=high, lo=low: lo if n >= s else h, given
                 )
                 wanted = switched.mean() - at_high.mean()
                 assert found.damage[pair, segment] == pytest.approx(wanted, abs=1e-12)
@@ -90,3 +95,21 @@ def test_cuts_are_random_lengths_and_the_same_for_a_seed():
     assert len(set(lengths)) > 25
     short = PromptSet("t", ((5,), (5, 6)), 12, ((),) * 2, (0, 1))
     assert all(1 <= len(prompt) <= 2 for prompt in random_cuts(short, 1).prompts)
+
+
+def test_what_is_cut_off_begins_the_reference():
+    prompts = PromptSet("t", (tuple(range(100)),) * 20, 12, (tuple(range(100, 112)),) * 20, tuple(range(20)))
+    cut = random_cuts(prompts, 1)
+    for prompt, reference in zip(cut.prompts, cut.references, strict=True):
+        assert prompt == tuple(range(len(prompt)))
+        assert reference == tuple(range(len(prompt), len(prompt) + 12))
+
+
+def test_measuring_is_along_the_greedy_answer_where_no_reference_is_given(decoder):
+    walk = GreedyWalk(decoder, PROMPTS[0], 12)
+    walk.prefill(8)
+    walk.extend(8, 12)
+    given = dataclasses.replace(SET.select([0]), references=(tuple(walk.tokens),))
+    np.testing.assert_array_equal(
+        measure_prompts(decoder, given, PLAN)[0].damage, measure_prompts(decoder, SET, PLAN)[0].damage
+    )

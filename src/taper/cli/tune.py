@@ -25,10 +25,13 @@ _OBJECTIVES = ("time", "bits", "energy")
 @click.argument("model", metavar="FILE")
 @click.option(
     "--task",
-    required=True,
     metavar="[NAME=]PATH",
     help="Prompts: a text (.txt, .txt.xz) to continue, or JSON lines (.jsonl, .jsonl.xz).",
 )
+@click.option(
+    "--learned", is_flag=True, help="Train the policy `learned` on --text instead (docs/learned.md)."
+)
+@click.option("--text", metavar="TEXT", help="Generic text for --learned (.txt, .txt.xz).")
 @click.option("--max-loss", type=SHARE, default="1%", show_default=True, help="Limit of the loss.")
 @click.option(
     "--loss",
@@ -73,7 +76,9 @@ _OBJECTIVES = ("time", "bits", "energy")
 @json_option
 def command(
     model: str,
-    task: str,
+    task: str | None,
+    learned: bool,
+    text: str | None,
     max_loss: float,
     loss: str,
     objective: str,
@@ -97,6 +102,15 @@ def command(
     the limit. An interrupted run goes on where it was. Then: taper run FILE --policy NAME.
     """
     set_threads(threads)
+    if learned:
+        from taper.cli.tune_learned import learn_from
+
+        return learn_from(model, text, widths, dry_run, as_json)
+    if task is None or text is not None:
+        raise UsageError(
+            "--task says what to tune for; --text belongs to --learned",
+            hint="give --task [NAME=]PATH, or --learned --text TEXT",
+        )
     name, path = _named(task)
     _check_storable(model, name, dry_run)
     from taper.tune.tuner import TuneOptions, tune

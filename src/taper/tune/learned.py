@@ -56,20 +56,23 @@ class LearnOptions:
     seed: int = 0
 
 
-def learn(model: str | Path, options: LearnOptions, progress: Progress | None = None) -> LearnedScheduler:
-    """Measure, train, and store the scheduler in the file.
+def learn(
+    model: str | Path, options: LearnOptions, progress: Progress | None = None, dry_run: bool = False
+) -> LearnedScheduler:
+    """Measure, train, and store the scheduler in the file unless it is a dry run.
 
     Raises:
         ModelNotFoundError, CorruptFileError: as `TaperFile.open`; a file that is cut off takes no scheduler.
         UsageError: widths that the file does not hold or that do not fall, no tokenizer, too little text.
     """
     file = TaperFile.open(model)
-    if file.is_truncated:
+    if file.is_truncated and not dry_run:
         raise CorruptFileError(
             f"{model} is cut off: only a whole file takes a scheduler", hint="copy or download the file again"
         )
     scheduler = learned_scheduler(file, options, progress)
-    rewrite_header(model, replace(file.header, learned=scheduler))
+    if not dry_run:
+        rewrite_header(model, replace(file.header, learned=scheduler))
     return scheduler
 
 
@@ -92,7 +95,8 @@ def learned_scheduler(
         seed=options.seed,
     )
     plan = LabelPlan(options.widths, prefill_bits, options.num_segments, decoder.max_bits)
-    measured = measure_prompts(decoder, random_cuts(prompts, options.seed), plan, progress)
+    cut = replace(random_cuts(prompts, options.seed), references=((),) * len(prompts))
+    measured = measure_prompts(decoder, cut, plan, progress)
     return fit(measured, plan, decoder.config.num_kv_heads, _record(options), options.seed)
 
 
@@ -125,6 +129,7 @@ def fit(
                 "label_counts": np.bincount(labels, minlength=num_classes).tolist(),
                 "epoch": trained.epoch,
                 "loss": trained.loss,
+                "chance_loss": trained.chance_loss,
             }
         )
     return LearnedScheduler(
@@ -148,13 +153,13 @@ def _check(decoder: Decoder, options: LearnOptions, prefill_bits: float) -> None
         raise UsageError(
             f"the widths {widths} do not fall", hint="give two or more, the largest first, as in 4,3"
         )
-    if prefill_bits < widths[0]:
-        raise UsageError(f"the prompt's {prefill_bits:g} bits are below the first width, {widths[0]:g}")
     for bits in (*widths, prefill_bits):
         if not decoder.min_bits <= bits <= decoder.max_bits:
             held = describe_widths(decoder.min_bits, decoder.max_bits)
             raise UsageError(f"{bits:g} bits are asked for; this model holds {held}")
         decoder.widths(bits)
+    if prefill_bits < widths[0]:
+        raise UsageError(f"the prompt's {prefill_bits:g} bits are below the first width, {widths[0]:g}")
     if not 1 <= options.num_segments <= MAX_SEGMENTS:
         raise UsageError(f"{options.num_segments} segments are outside 1 to {MAX_SEGMENTS}")
     config = decoder.config

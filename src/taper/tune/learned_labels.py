@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from taper.evaluate.divergence import kl_divergences, log_normalisers
 from taper.models import Decoder
 from taper.precision.learned import mean_over_heads, switch_start
-from taper.tune.greedy import GreedyWalk
+from taper.tune.greedy import GreedyWalk, run_prompt
 from taper.tune.prompts import PromptSet
 
 F64 = NDArray[np.float64]
@@ -54,13 +55,18 @@ class MeasuredPrompt:
 
 
 def random_cuts(prompts: PromptSet, seed: int) -> PromptSet:
-    """The prompts, each cut at a random length from 32 tokens (or half, where that is less) to all."""
+    """The prompts, each cut at a random length from 32 tokens (or half, where that is less) to all.
+
+    What is cut off begins the reference, as the text has it.
+    """
     generator = np.random.default_rng(seed)
-    cut = []
-    for prompt in prompts.prompts:
+    cut, after = [], []
+    for prompt, reference in zip(prompts.prompts, prompts.references, strict=True):
         least = min(MIN_PROMPT_TOKENS, max(1, len(prompt) // 2))
-        cut.append(prompt[: int(generator.integers(least, len(prompt) + 1))])
-    return replace(prompts, prompts=tuple(cut), references=((),) * len(cut))
+        length = int(generator.integers(least, len(prompt) + 1))
+        cut.append(prompt[:length])
+        after.append((*prompt[length:], *reference)[: prompts.max_tokens])
+    return replace(prompts, prompts=tuple(cut), references=tuple(after))
 
 
 def measure_prompts(
@@ -73,11 +79,12 @@ def measure_prompts(
 
     PMPD labels by ROUGE-L of the branches' own answers. That says little here: two greedy answers part at
     their first difference, wherever the switch was. The divergence from the reference's distributions along
-    the reference's own answer is a number for every token.
+    one answer is a number for every token. The answer is the prompt's reference where it has one, else, as in
+    PMPD, the greedy one at `plan.reference_bits`.
     """
     measured = []
-    for number, prompt in enumerate(prompts.prompts, 1):
-        measured.append(_measured(decoder, prompt, prompts.max_tokens, plan))
+    for number, (prompt, given) in enumerate(zip(prompts.prompts, prompts.references, strict=True), 1):
+        measured.append(_measured(decoder, prompt, given, prompts.max_tokens, plan))
         if progress is not None:
             progress("labels", number / len(prompts))
     return measured
@@ -90,7 +97,8 @@ def labels_within(damage: F64, tolerance: float) -> NDArray[np.int64]:
         damage: (prompts, segments + 1); the last column is 0.
         tolerance: nats a token, at least 0.
     """
-    return (damage <= tolerance).argmax(axis=1)
+    labels: NDArray[np.int64] = (damage <= tolerance).argmax(axis=1)
+    return labels
 
 
 def tolerance_for(damage: F64, high_frac: float) -> float:
@@ -106,16 +114,14 @@ def tolerance_for(damage: F64, high_frac: float) -> float:
     return float(candidates[np.abs(means / num_segments - high_frac).argmin()])
 
 
-def _measured(decoder: Decoder, prompt: Sequence[int], max_tokens: int, plan: LabelPlan) -> MeasuredPrompt:
-    walk = GreedyWalk(decoder, prompt, max_tokens, keep_logits=True)
-    walk.prefill(plan.reference_bits)
-    walk.extend(plan.reference_bits, max_tokens)
-    branches = _Branches(decoder, walk, len(prompt))
-    walk.prefill(plan.prefill_bits)
-    keys, values = mean_over_heads(walk.cache.entries(-1))
+def _measured(
+    decoder: Decoder, prompt: Sequence[int], given: Sequence[int], max_tokens: int, plan: LabelPlan
+) -> MeasuredPrompt:
+    branches = _Branches(decoder, prompt, given, max_tokens, plan.reference_bits)
+    keys, values = branches.prefill(plan.prefill_bits)
     starts = [switch_start(segment, plan.num_segments, max_tokens) for segment in range(plan.num_segments)]
     damage = np.zeros((len(plan.widths) - 1, plan.num_segments + 1))
-    for pair, (high, low) in enumerate(zip(plan.widths, plan.widths[1:], strict=False)):
+    for pair, (high, low) in enumerate(pairwise(plan.widths)):
         at_high = branches.divergences(0, high)
         # The latest switch first: each branch then finds the entries before its own as `high` wrote them.
         for segment in reversed(range(plan.num_segments)):
@@ -126,13 +132,27 @@ def _measured(decoder: Decoder, prompt: Sequence[int], max_tokens: int, plan: La
 
 
 class _Branches:
-    """Passes over a reference answer in the cache of the walk that drew it."""
+    """Passes over one answer: the one that is given, or the greedy one at the reference's bits."""
 
-    def __init__(self, decoder: Decoder, walk: GreedyWalk, num_prompt: int) -> None:
-        self._decoder, self._cache, self._num_prompt = decoder, walk.cache, num_prompt
-        self._answer = list(walk.tokens)
-        self._reference = np.array(walk.logits)
-        self._norms = log_normalisers(self._reference)
+    def __init__(
+        self, decoder: Decoder, prompt: Sequence[int], given: Sequence[int], max_tokens: int, bits: float
+    ) -> None:
+        walk = GreedyWalk(decoder, prompt, max_tokens, keep_logits=True)
+        walk.prefill(bits)
+        walk.extend(bits, 1 if given else max_tokens)
+        self._decoder, self._prompt, self._cache = decoder, prompt, walk.cache
+        self._answer = list(given or walk.tokens)
+        rows = np.array(walk.logits)
+        if len(given) > 1:
+            rest = decoder.forward(given[:-1], walk.cache, bits, "all")
+            assert rest is not None
+            rows = np.concatenate([rows, rest])
+        self._reference, self._norms = rows, log_normalisers(rows)
+
+    def prefill(self, bits: float) -> tuple[F64, F64]:
+        """Run the prompt anew; keys and values of its last layer, means over the heads."""
+        run_prompt(self._decoder, self._cache, self._prompt, bits)
+        return mean_over_heads(self._cache.entries(-1))
 
     def divergences(self, num_kept: int, bits: float) -> F64:
         """KL of the tokens whose passes come after the first `num_kept` decode passes, which stay as they
@@ -140,7 +160,7 @@ class _Branches:
         read = self._answer[num_kept:-1]
         if not read:
             return np.empty(0)
-        self._cache.truncate(self._num_prompt + num_kept)
+        self._cache.truncate(len(self._prompt) + num_kept)
         logits = self._decoder.forward(read, self._cache, bits, "all")
         assert logits is not None
         first = num_kept + 1

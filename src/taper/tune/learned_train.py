@@ -54,13 +54,15 @@ class Trained:
         weights: those of the least evaluation loss, at float16's precision. Where no epoch beats the guess
             that does not look at the prompt, they always give the class nearest to the mean label.
         epoch: after which they were taken; 0 is that constant.
-        loss: balanced cross-entropy on the evaluation prompts, in nats; of the constant, that of the best
-            guess that does not look: log of the number of their classes.
+        loss: balanced cross-entropy on the evaluation prompts, in nats.
+        chance_loss: of the best guess that does not look: log of the number of their classes. The constant
+            counts with it.
     """
 
     weights: PredictorWeights
     epoch: int
     loss: float
+    chance_loss: float
 
 
 def train(
@@ -82,7 +84,8 @@ def train(
     held_shares = balanced(held_labels)
     adam = Adam(weights, plan)
     constant = _constant(weights, round(float(labels.mean())))
-    best = Trained(constant, 0, float(np.log(len(np.unique(held_labels)))))
+    chance = float(np.log(len(np.unique(held_labels))))
+    best = Trained(constant, 0, chance, chance)
     for epoch in range(1, plan.max_epochs + 1):
         if epoch - best.epoch > plan.patience:
             break
@@ -97,7 +100,7 @@ def train(
         rounded = _as_stored(weights)
         loss = cross_entropy(predict(rounded, held).logits, held_labels, held_shares)
         if loss < best.loss:
-            best = Trained(rounded, epoch, loss)
+            best = Trained(rounded, epoch, loss, chance)
     return best
 
 
