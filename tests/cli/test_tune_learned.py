@@ -43,6 +43,7 @@ def test_scheduler_is_stored_and_runs_by_its_name(taper, file, text):
     assert learned.record["text"] == "words.txt"
     assert [sum(pair["label_counts"]) for pair in learned.record["pairs"]] == [20, 20]
     assert after.tensor("embed.plane0").tobytes() == before.tensor("embed.plane0").tobytes()
+    assert "label_counts" in taper("inspect", file).out
     answer = json.loads(
         taper("run", file, "the cat", "--policy", "learned", "--max-tokens", "8", "--json").out
     )

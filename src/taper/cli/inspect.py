@@ -63,6 +63,7 @@ def describe(file: TaperFile, damaged: list[str] | None) -> dict[str, Any]:
         "has_tokenizer": file.tokenizer_json is not None,
         "has_chat_template": file.chat_template is not None,
         "policies": file.policies,
+        "learned": _learned(file),
         "card": file.card,
         "provenance": file.provenance,
         "damaged": damaged,
@@ -99,10 +100,17 @@ def _text(description: dict[str, Any]) -> str:
             "",
             "quality       no card (taper eval --text --against --write-card makes one)",
         ]
-    for title in ("policies", "provenance"):
+    for title in ("policies", "learned", "provenance"):
         if description[title]:
             lines += ["", title, *_nested(description[title])]
     return "\n".join(lines)
+
+
+def _learned(file: TaperFile) -> dict[str, Any] | None:
+    if file.learned is None:
+        return None
+    widths, prefill_bits = list(file.learned.widths), file.learned.prefill_bits
+    return {"widths": widths, "prefill_bits": prefill_bits} | file.learned.record
 
 
 def _ceilings(planes: dict[str, int]) -> str:

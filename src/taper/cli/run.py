@@ -69,7 +69,7 @@ def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--policy",
     metavar="POLICY",
-    help="fixed:B, exact[:B[/D]], phase:P/D, progressive[:B@0,B@N,...], or a name in the file.",
+    help="fixed:B, exact[:B[/D]], phase:P/D, progressive[:B@0,B@N,...], learned, or a name in the file.",
 )
 @click.option(
     "--bits", type=float, metavar="B", help="Short for --policy fixed:B; 3.3 is a mean over the weights."

@@ -13,7 +13,7 @@ from taper.precision.kinds import Exact, Fixed, PhaseAware, Progressive, Progres
 from taper.precision.learned import Learned
 from taper.precision.policy import PrecisionPolicy, whole_bits
 
-EXAMPLES = "write fixed:4, exact, exact:8/4, phase:6/3, progressive or progressive:6@0,4@16,3@64"
+EXAMPLES = "write fixed:4, exact, exact:8/4, phase:6/3, learned, progressive or progressive:6@0,4@16,3@64"
 
 
 @dataclass(frozen=True, slots=True)
