@@ -4,4 +4,5 @@ import sys
 from pathlib import Path
 
 _BENCHMARKS = Path(__file__).resolve().parent.parent.parent / "benchmarks"
-sys.path += [str(_BENCHMARKS / name) for name in ("quality", "llama_cpp", "end_to_end", "precision")]
+_ROOMS = ("anda", "end_to_end", "llama_cpp", "pmpd", "precision", "quality")
+sys.path += [str(_BENCHMARKS / name) for name in _ROOMS]
