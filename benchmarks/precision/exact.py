@@ -107,20 +107,23 @@ def policies(llm: LLM) -> list[tuple[str, str]]:
     return [(policy, f"fixed:{width}") for policy, width in named]
 
 
-def measure_mismatches(llm: LLM, prompts: Prompts, count: int, num_tokens: int) -> dict[str, Tally]:
-    """Tallies by policy and by sampling, of `count` generations in all."""
-    tallies: dict[str, Tally] = defaultdict(Tally)
-    cases = itertools.cycle(itertools.product(policies(llm), SAMPLINGS.items()))
-    by_turns = itertools.cycle(zip(*prompts.values(), strict=True))
-    flat = itertools.chain.from_iterable(by_turns)
-    for seed, prompt, ((exact, fixed), (name, sampling)) in zip(range(count), flat, cases, strict=False):
+def measure_mismatches(
+    llm: LLM, prompts: Prompts, seeds: range, num_tokens: int, tallies: dict[str, Tally]
+) -> None:
+    """Count a generation for each seed, by policy and by sampling."""
+    cases = list(itertools.product(policies(llm), SAMPLINGS.items()))
+    flat = list(itertools.chain.from_iterable(zip(*prompts.values(), strict=True)))
+    for seed in seeds:
+        prompt, ((exact, fixed), (name, sampling)) = (
+            flat[seed // len(cases) % len(flat)],
+            cases[seed % len(cases)],
+        )
         asked = {"sampling": sampling, "seed": seed, "max_tokens": num_tokens, "ignore_eos": True}
         expected = llm.generate(prompt, policy=fixed, **asked)
         found = llm.generate(prompt, policy=exact, **asked)
         same = [tallies[key].add(found, expected) for key in ("all", exact, name)]
         if not all(same):
             print(f"MISMATCH: {exact}, {name}, seed {seed}, prompt {prompt}", flush=True)
-    return tallies
 
 
 @dataclasses.dataclass(slots=True)
@@ -294,14 +297,19 @@ def _report(llm: LLM, arguments: argparse.Namespace, **figures: Any) -> str:
 
 def _mismatches(llm: LLM, arguments: argparse.Namespace) -> int:
     prompts = read_prompts(llm, arguments.texts, arguments.prompts)
-    tallies = measure_mismatches(llm, prompts, arguments.mismatches, arguments.tokens)
+    seeds = range(arguments.first_seed, arguments.first_seed + arguments.mismatches)
+    tallies: dict[str, Tally] = defaultdict(Tally)
+    try:
+        measure_mismatches(llm, prompts, seeds, arguments.tokens, tallies)
+    except KeyboardInterrupt:
+        print("interrupted; these are done:")
     for name, tally in tallies.items():
         print(
             f"{name:18} {tally.mismatches} mismatches in {tally.generations} generations, {tally.tokens} "
             f"tokens; {tally.accepted / max(1, tally.drafted):.1%} of {tally.drafted} drafts accepted"
         )
     rows = {name: dataclasses.asdict(tally) for name, tally in tallies.items()}
-    print(_report(llm, arguments, mismatches=rows))
+    print(_report(llm, arguments, first_seed=arguments.first_seed, mismatches=rows))
     return int(tallies["all"].mismatches > 0)
 
 
@@ -346,6 +354,9 @@ def main() -> int:
     what.add_argument("--mismatches", type=int, metavar="N", help="compare N generations")
     what.add_argument("--speed", action="store_true", help="time fixed and exact in turns")
     what.add_argument("--acceptance", action="store_true", help="count right drafts of every width")
+    parser.add_argument(
+        "--first-seed", type=int, default=0, help="for --mismatches, which Ctrl-C may end early"
+    )
     parser.add_argument("--policy", default="exact", help="for --speed")
     parser.add_argument("--tokens", type=int, default=128, help="of a generation")
     parser.add_argument("--prompts", type=int, default=4, help="documents of each text")

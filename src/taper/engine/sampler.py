@@ -47,14 +47,30 @@ def descending(values: Floats, at_least: int) -> Ids:
 
     Args:
         values: float32, (n,), nothing negative.
-        at_least: how many are wanted, from 1; more come back where the last one is tied, fewer where fewer
-            are positive.
+        at_least: how many are wanted, from 1; more may come back, and fewer where fewer are positive.
     """
-    floor = np.float32(0)
-    if at_least < len(values):
-        floor = np.partition(values, len(values) - at_least)[len(values) - at_least]
-    ids = np.flatnonzero(values >= floor) if floor > 0 else np.flatnonzero(values)
+    floor = _floor(values, at_least)
+    return _sorted(values, np.flatnonzero(values >= floor) if floor > 0 else np.flatnonzero(values))
+
+
+def _sorted(values: Floats, ids: Ids) -> Ids:
+    """Ascending indices in the order of their values, largest first, ties by index."""
     return ids[np.argsort(-values[ids], kind="stable")]
+
+
+def _floor(values: Floats, count: int) -> np.float32:
+    """A value that at least `count` of the values reach, or all, and few more than `count` do.
+
+    The count-th largest of the maxima of 4 * count groups: 4 us for 40 of 4096, where a partition of all
+    takes 20.
+    """
+    if count >= len(values):
+        return np.float32(values.min())
+    groups = 4 * count
+    size = len(values) // groups
+    if size > 1:
+        values = values[: size * groups].reshape(size, groups).max(axis=0)
+    return np.float32(np.partition(values, len(values) - count)[len(values) - count])
 
 
 def candidates(logits: Floats, params: SamplingParams) -> tuple[Ids | None, Floats]:
@@ -70,17 +86,35 @@ def candidates(logits: Floats, params: SamplingParams) -> tuple[Ids | None, Floa
         every machine.
     """
     temperature = np.float32(max(params.temperature, SMALLEST_TEMPERATURE))
-    with np.errstate(over="ignore"):  # minus infinity has weight 0
-        weights = exp((logits - logits.max()) / temperature)
+    top = logits.max()
+    if params.min_p > 0 and _is_alone(logits, top, temperature, params.min_p):
+        return np.array([logits.argmax()]), np.ones(1, np.float32)
     ids = None
     if params.top_k:
-        ids = descending(weights, params.top_k)[: params.top_k]
+        ids = _sorted(logits, np.flatnonzero(logits >= _floor(logits, params.top_k)))[: params.top_k]
+    with np.errstate(over="ignore"):  # minus infinity has weight 0
+        weights = exp(((logits if ids is None else logits[ids]) - top) / temperature)
     if params.top_p < 1:
-        ids = _nucleus(weights, params.top_p) if ids is None else ids[_nucleus(weights[ids], params.top_p)]
+        if ids is None:
+            ids = _nucleus(weights, params.top_p)
+            weights = weights[ids]
+        else:  # in order already
+            count = _reached(weights, params.top_p * weights.sum(dtype=np.float64))
+            ids, weights = ids[:count], weights[:count]
     if params.min_p > 0:  # the largest weight is exp(0) = 1
-        floor = np.float32(params.min_p)
-        ids = np.flatnonzero(weights >= floor) if ids is None else ids[weights[ids] >= floor]
-    return ids, weights if ids is None else weights[ids]
+        kept = np.flatnonzero(weights >= np.float32(params.min_p))
+        ids, weights = kept if ids is None else ids[kept], weights[kept]
+    return ids, weights
+
+
+def _is_alone(logits: Floats, top: np.float32, temperature: np.float32, min_p: float) -> bool:
+    """Whether min-p leaves the likeliest token only, whatever the other filters do.
+
+    So it is for half of the draws of `taper run` from children's stories, and takes an eighth of the time of
+    all filters. The margin keeps clear of the rounding of exp; a token within it takes the long way.
+    """
+    margin = np.float32(math.log(min_p) - 0.01) * temperature
+    return int(np.count_nonzero(logits >= top + margin)) == 1
 
 
 def _nucleus(weights: Floats, top_p: float) -> Ids:
@@ -89,10 +123,17 @@ def _nucleus(weights: Floats, top_p: float) -> Ids:
     count = FIRST_NUCLEUS
     while True:
         order = descending(weights, count)
-        reached = np.searchsorted(np.cumsum(weights[order], dtype=np.float64), target)
-        if reached < len(order) or count >= len(weights):  # rounding may leave the whole sum below the target
-            return order[: reached + 1]
+        reached = _reached(weights[order], target)
+        if reached <= len(order) or count >= len(
+            weights
+        ):  # rounding may leave the whole sum below the target
+            return order[:reached]
         count *= 8
+
+
+def _reached(weights: Floats, target: float) -> int:
+    """How many weights, from the first on, it takes to reach a sum; one more than there are for too few."""
+    return int(np.searchsorted(np.cumsum(weights, dtype=np.float64), target)) + 1
 
 
 def race(weights: Floats | NDArray[np.float64], ids: Ids | None, key: int) -> int:
@@ -109,6 +150,8 @@ def race(weights: Floats | NDArray[np.float64], ids: Ids | None, key: int) -> in
         ids: the tokens that they belong to, (n,); None for 0..n-1.
         key: random 64 bits, new for every draw.
     """
+    if len(weights) == 1:
+        return 0
     hashed = (np.arange(len(weights), dtype=np.uint64) if ids is None else ids.astype(np.uint64)) * HASH_STEP
     hashed += np.uint64(key)
     for shift, factor in HASH_ROUNDS:
