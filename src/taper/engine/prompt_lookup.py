@@ -20,17 +20,19 @@ class PromptLookup:
 
     def __init__(self, tokens: Iterable[int]) -> None:
         self._tokens: list[int] = []
+        self._end: tuple[int, ...] = ()  # the last tokens, as many as the longest match
         self._followed_at: dict[tuple[int, ...], int] = {}  # a run to the index of the token after it
         for token in tokens:
             self.append(token)
 
     def append(self, token: int) -> None:
         """Take the next token of the sequence."""
-        tokens = self._tokens
+        end = self._end
         for length in MATCH_LENGTHS:
-            if length <= len(tokens):
-                self._followed_at[tuple(tokens[-length:])] = len(tokens)
-        tokens.append(token)
+            if length <= len(end):
+                self._followed_at[end[-length:]] = len(self._tokens)
+        self._end = (*end, token)[-MATCH_LENGTHS[0] :]
+        self._tokens.append(token)
 
     def continuation(self, most: int) -> tuple[int, list[int]]:
         """The length of the longest end of the sequence that occurred before, and what followed it last.
@@ -38,8 +40,9 @@ class PromptLookup:
         Returns:
             That length and up to `most` tokens, at least one; 0 and none without a match.
         """
+        end = self._end
         for length in MATCH_LENGTHS:
-            start = self._followed_at.get(tuple(self._tokens[-length:]))
-            if start is not None and length <= len(self._tokens):
+            start = self._followed_at.get(end[-length:])
+            if start is not None and length <= len(end):
                 return length, self._tokens[start : start + most]
         return 0, []

@@ -90,7 +90,8 @@ class Speculator:
                 return
             if not is_drafted:
                 break
-        runner.truncate(start + len(drawn))
+        if len(drawn) <= len(drafts):
+            runner.truncate(start + len(drawn))
 
     def _drafts(self, bits: float) -> tuple[list[int], list[Proposal]]:
         """What the planner wants drafted; and that and what the lookup says, to be judged.
