@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from taper.cli.terminal import file_size, in_bits_colour, memory_size, printable, table
+import sys
+
+from taper.cli.terminal import file_size, in_bits_colour, memory_size, printable, table, waiting_line
 
 
 def test_sizes_are_decimal_for_files_and_binary_for_memory():
@@ -25,3 +27,18 @@ def test_model_text_cannot_command_the_terminal():
 
 def test_table_aligns_numbers():
     assert table(("bits", "bytes"), [("2", "5"), ("10", "1,000")]) == "bits  bytes\n2         5\n10    1,000"
+
+
+def test_waiting_line_is_written_over_and_gone_at_the_end(capsys, monkeypatch):
+    with waiting_line("waiting") as update:
+        update(1_000_000, 4_000_000)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(type(sys.stderr), "isatty", lambda self: True)
+    with waiting_line("waiting") as update:
+        update(1_000_000, 4_000_000)
+        update(2_000_000, 4_000_000)
+    err = capsys.readouterr().err
+    assert err == "\rwaiting: 1.00 MB of 4.00 MB  \rwaiting: 2.00 MB of 4.00 MB  \r\x1b[K"
+    with waiting_line("waiting"):
+        pass
+    assert capsys.readouterr().err == ""

@@ -11,7 +11,7 @@ import pytest
 import taper
 from taper.engine import Engine, Request
 from taper.engine.limits import Limits
-from taper.engine.memory_budget import MemoryBudget, PressureGauge
+from taper.engine.memory_budget import MemoryBudget, PressureGauge, memory_pressure
 from taper.errors import DoesNotFitError, UsageError
 from taper.formats.container import TaperFile
 from taper.precision import Fixed, PhaseAware
@@ -138,6 +138,21 @@ def test_pressure_takes_bits_only_from_requests_that_allow_it(budgeted):
     assert engine.generate(lowered(Fixed(8), 3)).bits == (7, 7)
     assert engine.generate(Request("p", Fixed(8), max_tokens=2, ignore_eos=True)).bits == (8, 8)
     assert calls == [("release", 7)]
+
+
+@pytest.mark.parametrize(
+    ("text", "percent"),
+    [
+        ("some avg10=12.50 avg60=3.10 avg300=0.90 total=1\nfull avg10=1.00 avg60=0 avg300=0 total=1\n", 12.5),
+        ("", 0.0),
+        (None, 0.0),
+    ],
+)
+def test_pressure_is_the_systems_share_of_waiting_tasks(tmp_path, text, percent):
+    path = tmp_path / "memory"
+    if text is not None:
+        path.write_text(text)
+    assert memory_pressure(path) == percent
 
 
 # --- real files ---

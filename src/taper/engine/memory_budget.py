@@ -192,10 +192,10 @@ class MemoryBudget:
         )
 
 
-def memory_pressure() -> float:
+def memory_pressure(path: Path = Path("/proc/pressure/memory")) -> float:
     """Percent of the last 10 s in which some task waited for memory; 0 where the system does not say."""
     try:
-        text = Path("/proc/pressure/memory").read_text(encoding="ascii")
+        text = path.read_text(encoding="ascii")
         return float(text.split("avg10=")[1].split()[0])
     except (OSError, IndexError, ValueError):
         return 0.0
