@@ -150,7 +150,7 @@ def test_a_partial_file_is_found_by_the_name_that_it_will_have(taper, cut_model,
     assert outcome.status == 3
 
 
-@pytest.mark.parametrize("named", ["--bits 3", "--policy progressive", "--seed 1", "--json"])
+@pytest.mark.parametrize("named", ["--bits 3", "--policy progressive", "--seed 1", "--json", "--audit"])
 def test_what_is_named_does_not_depend_on_the_disk(taper, growing_model, named):
     outcome = taper("run", growing_model, "a", *GREEDY, *named.split())
     assert outcome.status == 0

@@ -14,7 +14,7 @@ import taper
 from taper.engine import Engine, Request
 from taper.engine.limits import Limits
 from taper.engine.loading import ArrivingDecoder
-from taper.errors import CorruptFileError
+from taper.errors import CorruptFileError, UsageError
 from taper.formats.arrival import Arrival
 from taper.formats.container import TaperFile
 from taper.models import Decoder
@@ -93,6 +93,16 @@ def test_each_width_gives_the_bytes_of_a_cut_file(growing, whole):
 def test_widths_for_policies_are_those_of_the_whole_file(growing):
     decoder = growing(3).decoder
     assert (decoder.min_bits, decoder.max_bits, decoder.available_bits) == (2, 8, 3)
+
+
+def test_an_audit_waits_for_nobody(growing):
+    """It is refused before the answer, not after it."""
+    model = growing(3)
+    with pytest.raises(UsageError, match="3 of 8 planes have arrived; 8 are needed"):
+        model.engine.generate(greedy(Fixed(2), max_tokens=2, audit=True))
+    assert model.engine.generate(greedy(Fixed(2), max_tokens=2, audit=True, audit_bits=3)).audit
+    model.grow(8)
+    assert model.engine.generate(greedy(Fixed(2), max_tokens=2, audit=True)).audit
 
 
 def test_refresh_writes_the_cache_that_the_missing_bits_would_have_written(growing, whole):

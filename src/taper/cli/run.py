@@ -90,7 +90,7 @@ def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
     "--progressive-load/--no-progressive-load",
     "progressive_load",
     default=None,
-    help="Answer as soon as the first planes are read; default: unless policy, bits, seed or json are given.",
+    help="Answer when the first planes are read; default: without policy, bits, seed, json, audit.",
 )
 @click.option(
     "--refresh", is_flag=True, help="Read the prompt again once the planes that were missing have arrived."
@@ -140,8 +140,9 @@ def command(
     asked = _asked_policy(policy, bits)
     set_threads(threads)
     if progressive_load is None:
-        # What is given a policy or a seed, or read by a program, must not depend on the speed of a disk.
-        progressive_load = asked is None and sampling["seed"] is None and not as_json
+        # What is given a policy or a seed, or read by a program, must not depend on the speed of a disk. An
+        # audit needs every plane.
+        progressive_load = asked is None and sampling["seed"] is None and not (as_json or audit)
     llm = _load(model, progressive_load, memory_budget)
     options = RunOptions(
         asked,

@@ -7,9 +7,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from taper.errors import TaperError
+from taper.errors import TaperError, UsageError
 from taper.formats.arrival import POLL_S, Arrival, Progress
 from taper.models import Decoder
+from taper.precision import Bits, LayerBits
 
 # The longest pause between two looks at a file that has stopped growing.
 _MAX_POLL_S = 1.0
@@ -44,6 +45,15 @@ class ArrivingDecoder:
     def available_bits(self) -> int:
         """Largest width that a pass can be run at now."""
         return self._decoder.max_bits
+
+    def bytes_per_pass(self, bits: Bits) -> int:
+        """See `Decoder`. Raises UsageError also for planes that have not arrived."""
+        if not isinstance(bits, LayerBits) and self.available_bits < bits <= self.max_bits:
+            raise UsageError(
+                f"{self.available_bits} of {self.max_bits} planes have arrived; {bits:g} are needed",
+                "wait until the file is there, or load it without progressive loading",
+            )
+        return self._decoder.bytes_per_pass(bits)
 
     @property
     def problem(self) -> str | None:
