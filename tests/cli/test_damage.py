@@ -57,6 +57,15 @@ def test_damage_follows_the_answer_where_bits_are_shown(taper, model):
     assert "tokens by KL: " not in taper("run", model, "the in", *GREEDY, "--audit").err
 
 
+def test_audit_does_not_depend_on_the_speed_of_a_disk(taper, cut_model):
+    outcome = taper("run", cut_model, "the in", *GREEDY, "--audit")
+    assert "note: file is cut off" in outcome.err
+    assert "audit against 4 bits: " in outcome.err
+    outcome = taper("run", cut_model, "the in", *GREEDY, "--audit", "--progressive-load")
+    assert "more are used as they arrive" in outcome.err
+    assert "audit against 4 bits: " in outcome.err
+
+
 def test_line_names_the_worst_token_and_changed_decisions(answered):
     completion, tokenizer = answered
     audit = audit_with(

@@ -13,6 +13,7 @@ import taper
 from taper.engine import LLM, Audit, Completion, Engine, Request
 from taper.engine import audit as audit_module
 from taper.engine.audit import AuditLog, ForcedTokens, compare, run_audit
+from taper.engine.limits import Limits
 from taper.engine.model_runner import ModelRunner
 from taper.errors import DoesNotFitError, UsageError
 from taper.precision import Fixed
@@ -92,12 +93,10 @@ def test_reused_prompt_changes_the_cost_and_no_figure(llm, chunk, monkeypatch):
     completion = answer(llm, "phase:8/3", audit=False)
     prompt, drawn = list(completion.prompt_ids), list(completion.token_ids)
     runner = ModelRunner(llm.engine.model, len(prompt) + len(drawn))
-    log = AuditLog(8)
-    log.keep(runner.prefill(prompt, 8, is_last=True))
-    for token in drawn[:-1]:
-        log.keep(runner.decode(token, 3))
-    reused = run_audit(log, runner, prompt, drawn, True, chunk, lambda: False)
-    whole = run_audit(log, runner, prompt, drawn, False, chunk, lambda: False)
+    used = [runner.prefill(prompt, 8, is_last=True)]
+    used += [runner.decode(token, 3) for token in drawn[:-1]]
+    reused = run_audit(used, 8, runner, prompt, drawn, True, chunk, lambda: False)
+    whole = run_audit(used, 8, runner, prompt, drawn, False, chunk, lambda: False)
     assert (reused.kl, reused.certainty) == (whole.kl, whole.certainty)
     assert reused.kl[0] == 0 < reused.kl[1]
     assert (reused.num_pass_tokens, whole.num_pass_tokens) == (24, len(prompt) + 23)
@@ -109,6 +108,49 @@ def test_prompt_is_reused_only_where_it_was_read_at_the_full_width(llm, policy, 
     completion = answer(llm, policy)
     rerun = -extra * (len(completion.prompt_ids) - 1)
     assert completion.audit.num_pass_tokens == 24 + rerun
+
+
+class EightThenThree:
+    """8 bits for what the first pass reads, 3 for the rest."""
+
+    name = "eight-then-three"
+
+    def bits(self, step):
+        return 3 if step.position else 8
+
+
+def test_prompt_that_was_read_ahead_is_known_by_its_bits(llm):
+    """The prepared entries are at 8 bits, the only pass over the prompt is at 3."""
+    engine = Engine(llm.engine.model, llm.tokenizer)
+    engine.prepare(llm.request(PROMPT, policy=EightThenThree()))
+    found = engine.generate(
+        llm.request(PROMPT, policy=EightThenThree(), audit=True, audit_bits=3, max_tokens=5, ignore_eos=True)
+    )
+    assert found.bits == (3,) * 5
+    assert found.audit.num_pass_tokens == len(found.prompt_ids) + 4
+    assert found.audit.kl[0] > 0
+
+
+def test_audit_takes_what_has_arrived_and_says_so(llm):
+    engine = Engine(llm.engine.model, llm.tokenizer, limits=Limits(lambda: 4))
+    request = llm.request(PROMPT, policy="fixed:3", audit=True, max_tokens=5, ignore_eos=True)
+    assert engine.generate(request).audit.bits == 4
+    with pytest.raises(DoesNotFitError, match="against 6 bits; 4 are in memory"):
+        engine.generate(llm.request(PROMPT, policy="fixed:3", audit=True, audit_bits=6, max_tokens=5))
+
+
+def test_prompt_that_was_read_again_is_known_by_its_new_bits(llm):
+    """Three planes for the prompt, all of them before the second token, whose refresh rewrites the prompt."""
+    arrived = iter([3])
+    engine = Engine(llm.engine.model, llm.tokenizer, limits=Limits(lambda: next(arrived, 8)))
+    options = {"policy": "fixed:8", "audit": True, "max_tokens": 5, "ignore_eos": True, "refresh": True}
+    for audit_bits, tokens in ((8, 5), (3, len(llm.tokenizer.encode(PROMPT)) + 4)):
+        arrived = iter([3])
+        completion = engine.generate(llm.request(PROMPT, audit_bits=audit_bits, **options))
+        assert completion.refreshes
+        assert completion.audit.num_pass_tokens == tokens
+        assert (completion.audit.kl[0] == 0) is (audit_bits == 3)
+        assert (completion.audit.kl[1] == 0) is (audit_bits == 8)
 
 
 def test_cost_is_the_bytes_of_its_passes(llm):
@@ -231,14 +273,14 @@ def test_audit_can_be_cancelled_between_its_passes(llm, monkeypatch):
     monkeypatch.setattr(audit_module, "PASS_LOGITS", 300)
     request = llm.request(PROMPT, policy="phase:8/3", audit=True, max_tokens=9, ignore_eos=True)
     passes = []
-    score = ModelRunner.score
+    verify = ModelRunner.verify
 
-    def counted(self, *arguments, **options):
+    def counted(self, *arguments):
         passes.append(arguments)
         request.cancel()
-        return score(self, *arguments, **options)
+        return verify(self, *arguments)
 
-    monkeypatch.setattr(ModelRunner, "score", counted)
+    monkeypatch.setattr(ModelRunner, "verify", counted)
     completion = llm.engine.generate(request)
     assert len(passes) == 1
     assert (completion.audit, completion.finish_reason) == (None, "length")

@@ -151,15 +151,15 @@ class AuditLog:
     """The logits of an audited request's tokens, kept while it runs.
 
     Attributes:
-        bits: the reference width.
+        bits: the reference width; None takes the largest that can be read when the answer is complete.
         logits: float32, (vocab,) each, of the pass that each token was drawn from.
     """
 
-    bits: float
+    bits: float | None
     logits: list[Logits] = field(default_factory=list)
 
     @classmethod
-    def sized(cls, bits: float, num_tokens: int, vocab_size: int) -> AuditLog:
+    def sized(cls, bits: float | None, num_tokens: int, vocab_size: int) -> AuditLog:
         """For at most so many tokens. Raises DoesNotFitError beyond `MAX_KEPT_BYTES`."""
         token_bytes = vocab_size * np.dtype(np.float32).itemsize
         if num_tokens * token_bytes > MAX_KEPT_BYTES:
@@ -222,7 +222,8 @@ def compare(reference: Logits, used: Logits, token_id: int) -> _Comparison:
 
 
 def run_audit(
-    log: AuditLog,
+    used: SequenceOf[Logits],
+    bits: float,
     runner: ModelRunner,
     prompt_ids: SequenceOf[int],
     answer_ids: SequenceOf[int],
@@ -233,10 +234,11 @@ def run_audit(
     """Read a finished answer at the reference width and compare; None when it was cancelled.
 
     Args:
-        log: the logits that the answer was drawn from.
+        used: the logits that the answer's tokens were drawn from, float32 (vocab,) each.
+        bits: the reference width.
         runner: of the sequence; its cache then holds entries of the reference width.
         prompt_ids: at least one token.
-        answer_ids: at least one token, as many as the log has.
+        answer_ids: at least one token.
         reuse_prompt: the cache's entries of the prompt were written at the reference width. Only the prompt's
             last token, whose logits are those of the first token, and the answer are then run.
         chunk_tokens: most tokens of one pass.
@@ -247,19 +249,21 @@ def run_audit(
     first = len(prompt_ids) - 1  # its logits are the answer's first
     start = first if reuse_prompt else 0
     runner.truncate(start)
-    scored_chunk = max(1, min(chunk_tokens, PASS_LOGITS // len(log.logits[0])))
+    answer_chunk = max(1, min(chunk_tokens, PASS_LOGITS // len(used[0])))
     num_bytes = 0
     compared: list[_Comparison] = []
-    for begin, end in [*_chunks(start, first, chunk_tokens), *_chunks(first, len(ids), scored_chunk)]:
+    for begin, end in [*_chunks(start, first, chunk_tokens), *_chunks(first, len(ids), answer_chunk)]:
         if is_cancelled():
             return None
-        rows = runner.score(ids[begin:end], log.bits, wants_logits=begin >= first)
-        num_bytes += runner.bytes_of_last_pass(log.bits)
-        for row in () if rows is None else rows:
-            index = len(compared)
-            compared.append(compare(row, log.logits[index], answer_ids[index]))
+        if begin < first:
+            runner.prefill(ids[begin:end], bits, is_last=False)
+        else:
+            at = slice(begin - first, end - first)
+            rows = runner.verify(ids[begin:end], bits)
+            compared += map(compare, rows, used[at], answer_ids[at])
+        num_bytes += runner.bytes_of_last_pass(bits)
     return Audit(
-        bits=log.bits,
+        bits=bits,
         kl=tuple(token.kl for token in compared),
         agreement=tuple(token.agrees for token in compared),
         logprobs=tuple(token.logprob for token in compared),

@@ -125,7 +125,8 @@ class Engine:
                 tokenizer, sampling parameters that do not fit the vocabulary, an audit against a width
                 outside the model; while it runs: a policy that gives bits outside the model.
             DoesNotFitError: prompt and output are longer than the context; nothing is ever cut off. An audit
-                of more tokens than it can keep the logits of. While it runs: the memory budget has no room.
+                of more tokens than it can keep the logits of. While it runs: the memory budget has no room
+                for it, or for the audit's width.
         """
         sequence = self._sequence(request)
         return TokenStream(sequence, self._steps(sequence))
@@ -208,8 +209,9 @@ class Engine:
     def _audit_log(self, request: Request, max_tokens: int) -> AuditLog | None:
         if not request.audit:
             return None
-        bits = self.model.max_bits if request.audit_bits is None else whole_bits(request.audit_bits)
-        self.model.bytes_per_pass(bits)  # refuses bits that the model cannot be read at
+        bits = None if request.audit_bits is None else whole_bits(request.audit_bits)
+        if bits is not None:
+            self.model.bytes_per_pass(bits)  # refuses bits that the model cannot be read at
         return AuditLog.sized(bits, max_tokens, self.model.config.vocab_size)
 
     def _prompt_ids(self, request: Request) -> list[int]:
@@ -301,6 +303,7 @@ class Engine:
         num_tokens = len(sequence.prompt_ids) + sequence.max_tokens
         prepared, self._prepared = self._prepared, None
         if prepared is not None and prepared.bits == self._bits(sequence, "prefill", 0, None):
+            sequence.prompt_bits.append(prepared.bits)
             return prepared.take(sequence.prompt_ids, num_tokens)
         return ModelRunner(self.model, num_tokens)
 
@@ -340,12 +343,19 @@ class Engine:
         log, request = sequence.audit_log, sequence.request
         if log is None or sequence.state != "finished":
             return
+        most = min(self.model.max_bits, self.limits.bits())
+        bits = most if log.bits is None else log.bits
+        if bits > most:
+            raise DoesNotFitError(
+                f"the audit is against {bits:g} bits; {most} are in memory", "audit against fewer bits"
+            )
         sequence.audit = run_audit(
-            log,
+            log.logits,
+            bits,
             runner,
             sequence.prompt_ids,
             [token.token_id for token in sequence.tokens],
-            reuse_prompt=all(bits == log.bits for bits in sequence.prefill_bits),
+            reuse_prompt=all(of_prompt == bits for of_prompt in sequence.prompt_bits),
             chunk_tokens=self._prefill_chunk_tokens,
             is_cancelled=lambda: request.is_cancelled,
         )
@@ -359,7 +369,7 @@ class Engine:
         bits = self._bits(sequence, "prefill", start, None)
         logits = runner.prefill(chunk, bits, is_last=start + len(chunk) == len(sequence.prompt_ids))
         sequence.num_prefilled += len(chunk)
-        sequence.prefill_bits.append(bits)
+        sequence.prompt_bits.append(bits)
         sequence.prefill_bytes += runner.bytes_of_last_pass(bits)
         output = None if logits is None else (logits, self._draw(sequence, logits, runner.recorded(bits)))
         sequence.prefill_ns += time.perf_counter_ns() - began_ns

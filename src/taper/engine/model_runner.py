@@ -116,7 +116,7 @@ class ModelRunner:
         return row
 
     def verify(self, tokens: SequenceOf[int], bits: float) -> NDArray[np.float32]:
-        """Run a generated token and drafts behind it; the logits after each of them, (tokens, vocab)."""
+        """Run given tokens, such as drafts; the logits after each of them, (tokens, vocab)."""
         logits = self._model.forward(np.asarray(tokens, np.int32), self._cache, bits, "all")
         assert logits is not None
         return logits
@@ -125,13 +125,6 @@ class ModelRunner:
         """Drop the KV entries from `position` on."""
         assert self._cache is not None
         self._cache.truncate(position)
-
-    def score(
-        self, tokens: SequenceOf[int], bits: Bits, wants_logits: bool = True
-    ) -> NDArray[np.float32] | None:
-        """Run given tokens; logits of each, (tokens, vocab), where they are wanted."""
-        ids = np.asarray(tokens, np.int32)
-        return self._model.forward(ids, self._cache, bits, "all" if wants_logits else "none")
 
     def recorded(self, bits: Bits) -> float:
         """What records say of a reading: the bits asked for, or the planes over weights of `LayerBits`."""

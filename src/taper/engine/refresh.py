@@ -25,5 +25,6 @@ def refresh(sequence: Sequence, runner: ModelRunner, chunk_tokens: int) -> None:
     for start in range(0, len(ids), chunk_tokens):
         runner.prefill(ids[start : start + chunk_tokens], bits, is_last=False)
         sequence.decode_bytes += runner.bytes_of_last_pass(bits)
+    sequence.prompt_bits = [bits]
     sequence.refreshes.append((len(sequence.tokens), bits))
     sequence.decode_ns += time.perf_counter_ns() - began_ns

@@ -35,7 +35,7 @@ class Request:
             still arriving, read it and the answer so far again once those bits are there.
         audit: when the answer is complete, read it once more at `audit_bits` and report what the used bits
             have cost (`Completion.audit`).
-        audit_bits: what the audit compares with; None takes the model's largest width.
+        audit_bits: what the audit compares with; None takes the largest width that can be read by then.
 
     Raises:
         UsageError: `max_tokens` below 1, `audit_bits` without `audit`.

@@ -39,7 +39,7 @@ class Sequence:
         ceilings: where passes are limited: (tokens drawn, most bits) at the first pass and at each change.
         missed_bits: what the policy wanted for the prompt where that was more than it got.
         refreshes: (tokens drawn, bits) where the KV cache was written again.
-        prefill_bits: of each pass over the prompt.
+        prompt_bits: that the prompt's KV entries were written with, by pass.
         audit_log: what an audited request keeps until its audit.
         audit: of the finished answer.
     """
@@ -70,7 +70,7 @@ class Sequence:
     ceilings: list[tuple[int, int]] = field(default_factory=list)
     missed_bits: float = 0
     refreshes: list[tuple[int, float]] = field(default_factory=list)
-    prefill_bits: list[Bits] = field(default_factory=list)
+    prompt_bits: list[Bits] = field(default_factory=list)
     audit_log: AuditLog | None = None
     audit: Audit | None = None
 
