@@ -185,13 +185,12 @@ def test_summary_by_hand():
 
 
 def test_bound_takes_neighbours_for_one():
-    """Ten batches of two with means 1..10: s = 3.0277, so 5.5 + 1.8331 * 3.0277 / sqrt(10)."""
+    """Batches of five with means 1.8, 4.2, 6.8, 9.2: s = 3.2021, so 5.5 + 2.3534 * 3.2021 / sqrt(4)."""
     kl = [float(1 + index // 2) for index in range(20)]
-    assert audit_of(kl, [True] * 20, [0.0] * 20).mean_kl_bound == pytest.approx(7.2551, abs=1e-4)
-    mixed = kl[::2] + kl[1::2]  # 1..10 twice: the batches are (1, 2), (3, 4), ... twice
-    assert audit_of(mixed, [True] * 20, [0.0] * 20).mean_kl_bound == pytest.approx(
-        5.5 + 1.8331 * np.std([1.5, 3.5, 5.5, 7.5, 9.5] * 2, ddof=1) / math.sqrt(10)
-    )
+    assert audit_of(kl, [True] * 20, [0.0] * 20).mean_kl_bound == pytest.approx(9.2679, abs=1e-4)
+    mixed = kl[::2] + kl[1::2]  # 1..10 twice: batches of means 3, 8, 3, 8, s = 2.8868
+    assert audit_of(mixed, [True] * 20, [0.0] * 20).mean_kl_bound == pytest.approx(8.8969, abs=1e-4)
+    assert audit_of(kl[:19], [True] * 19, [0.0] * 19).mean_kl_bound is None
 
 
 def test_given_answer_is_audited_as_a_drawn_one(llm):
