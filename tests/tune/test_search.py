@@ -75,7 +75,7 @@ def ladder(folder, max_loss, segments=4):
 
 
 @pytest.mark.parametrize("max_tree", [2048, 20])
-def test_cheapest_within_the_limit_is_the_last_rung(tmp_path, monkeypatch, max_tree):
+def test_cheapest_within_the_limit_is_a_rung(tmp_path, monkeypatch, max_tree):
     monkeypatch.setattr(search_module, "MAX_TREE", max_tree)
     monkeypatch.setattr(search_module, "_LEAST_KEPT", 10)
     schedules, costs, found = ladder(tmp_path / "w", 0.002)
@@ -85,8 +85,9 @@ def test_cheapest_within_the_limit_is_the_last_rung(tmp_path, monkeypatch, max_t
         for key, value in walk_tree(walk, schedules).items():
             losses[key] += value / 40
     best = min((s for s in schedules if losses[s.key] <= 0.002), key=costs.of)
-    assert found[-1].schedule.key == best.key
-    assert found[-1].loss == pytest.approx(losses[best.key])
+    rung = next(rung for rung in found if rung.schedule.key == best.key)
+    assert rung.loss == pytest.approx(losses[best.key])
+    assert 0.002 < found[-1].loss <= 0.004
     assert [rung.loss for rung in found] == sorted(rung.loss for rung in found)
     assert [rung.cost for rung in found] == sorted((rung.cost for rung in found), reverse=True)
     assert all(rung.schedule.key != "8/8@0" for rung in found)
