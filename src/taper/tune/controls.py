@@ -10,17 +10,20 @@ import numpy as np
 
 from taper.tune.schedule import Schedule, uniform
 
-RANDOM_SEED = 0
+# The order is drawn until it is another one; a schedule of one width has no other.
+_RANDOM_SEEDS = range(16)
 
 
 def order_controls(winner: Schedule) -> dict[str, Schedule]:
     """Schedules with the winner's decode passes in another order and the same prompt bits."""
-    prefill, runs = winner.prefill_bits, winner.runs
-    shuffled = np.random.default_rng(RANDOM_SEED).permutation(len(runs))
+    prefill = winner.prefill_bits
+    reverse = Schedule(prefill, _of_passes(winner.decode_bits[::-1]))
+    shuffled = (_shuffled(winner, seed) for seed in _RANDOM_SEEDS)
+    others = (schedule for schedule in shuffled if schedule.key not in (winner.key, reverse.key))
     return {
-        "reverse order": Schedule(prefill, _of_passes(winner.decode_bits[::-1])),
+        "reverse order": reverse,
         "flat mix": Schedule(prefill, _of_passes(evenly_mixed(winner.decode_bits))),
-        "random order": _repaired(winner, [runs[int(i)] for i in shuffled]),
+        "random order": next(others, winner),
     }
 
 
@@ -63,12 +66,12 @@ def _of_passes(bits: Sequence[float]) -> tuple[tuple[float, int], ...]:
     return ((runs[0][0], runs[0][1] + 1), *runs[1:]) if runs else ((0.0, 1),)
 
 
-def _repaired(winner: Schedule, runs: Sequence[tuple[float, int]]) -> Schedule:
-    """The runs in this order, with as many decode passes at each width as the winner has.
+def _shuffled(winner: Schedule, seed: int) -> Schedule:
+    """The winner's segments in random order, with as many decode passes at each width.
 
-    Token 0 needs no pass, so the first run loses one; where another run comes first, that pass moves.
+    Token 0 needs no pass, so the first run has one less; where another run comes first, that pass moves.
     """
-    passes = [bits for bits, count in runs for _ in range(count)]
-    first = winner.runs[0][0]
-    passes.remove(first)
+    order = np.random.default_rng(seed).permutation(len(winner.runs))
+    passes = [bits for place in order for bits, count in [winner.runs[int(place)]] for _ in range(count)]
+    passes.remove(winner.runs[0][0])
     return Schedule(winner.prefill_bits, _of_passes(passes))
