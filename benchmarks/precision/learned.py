@@ -19,7 +19,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +38,14 @@ from taper.precision.learned import Learned, padded, predict, switch_start
 from taper.tokenizer import Tokenizer
 from taper.tune.greedy import GreedyWalk
 from taper.tune.learned import LearnOptions, learned_scheduler
-from taper.tune.learned_labels import LabelPlan, labels_within, measure_prompts, random_cuts, tolerance_for
+from taper.tune.learned_labels import (
+    LabelPlan,
+    labels_within,
+    measure_prompts,
+    random_cuts,
+    tolerance_for,
+    with_greedy_answers,
+)
 from taper.tune.prompts import PromptSet, read_prompts
 
 F64 = NDArray[np.float64]
@@ -118,7 +125,7 @@ def greedy_losses(
     prompts: PromptSet,
     num_high: dict[str, Int64],
 ) -> dict[str, F64]:
-    """1 - ROUGE-L of each prompt's greedy answer with that of all planes, by policy.
+    """1 - ROUGE-L of each prompt's greedy answer with its reference, by policy.
 
     Args:
         decoder, tokenizer: the model.
@@ -129,10 +136,8 @@ def greedy_losses(
     high, low = scheduler.widths
     losses = {policy: np.empty(len(prompts)) for policy in num_high}
     for number, prompt in enumerate(prompts.prompts):
+        wanted = tokenizer.decode(prompts.references[number])
         walk = GreedyWalk(decoder, prompt, prompts.max_tokens)
-        walk.prefill(decoder.max_bits)
-        walk.extend(decoder.max_bits, prompts.max_tokens)
-        wanted = tokenizer.decode(walk.tokens)
         walk.prefill(scheduler.prefill_bits)
         walk.extend(high, prompts.max_tokens)
         # The latest switch first: what is left of the answer when it goes back is always of the high width.
@@ -215,8 +220,8 @@ def run_task(
     prompts = random_cuts(drawn, options.seed + 1)
     plan = LabelPlan(scheduler.widths, scheduler.prefill_bits, scheduler.num_segments, decoder.max_bits)
     along_text = measure_prompts(decoder, prompts, plan)
-    greedy = replace(prompts, references=((),) * len(prompts))
-    along_answer = measure_prompts(decoder, greedy, plan)
+    answered = with_greedy_answers(decoder, prompts, decoder.max_bits)
+    along_answer = measure_prompts(decoder, answered, plan)
     entries = [(measured.keys, measured.values) for measured in along_text]
     classes = np.array(
         [int(predict(scheduler.predictors[0], padded([entry])).logits[0].argmax()) for entry in entries]
@@ -227,10 +232,10 @@ def run_task(
         for name, measured in (("KL along the text", along_text), ("KL along the answer", along_answer))
     ]
     chosen = passes[classes].astype(np.int64)
-    rows.append(compare_greedy(decoder, tokenizer, scheduler, prompts, chosen))
+    rows.append(compare_greedy(decoder, tokenizer, scheduler, answered, chosen))
     high, low = scheduler.widths
     high_frac = float(chosen.mean()) / (options.max_tokens - 1)
-    shares = decision_shares(decoder, scheduler, prompts)
+    shares = decision_shares(decoder, scheduler, prompts.select(range(min(40, len(prompts)))))
     return {
         "task": path.name,
         "num_prompts": len(prompts),

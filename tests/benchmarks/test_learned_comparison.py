@@ -15,6 +15,7 @@ from taper.models import Decoder
 from taper.precision import parse_policy
 from taper.testing.tiny import tiny_taper
 from taper.tokenizer import Tokenizer
+from taper.tune.learned_labels import with_greedy_answers
 from taper.tune.prompts import PromptSet
 
 PROMPT = tuple(int(token) for token in np.random.default_rng(0).integers(2, 300, 23))
@@ -70,7 +71,7 @@ def test_greedy_answers_are_the_engines(model):
         decoder,
         tokenizer,
         bench.LearnedScheduler((4, 2), 8, 4, (), {}),
-        PromptSet("t", (PROMPT,), 12, ((),), (0,)),
+        with_greedy_answers(decoder, PromptSet("t", (PROMPT,), 12, ((),), (0,)), 8),
         {name: np.array([count]) for name, count in switches.items()},
     )
     wanted = answer("fixed:8")

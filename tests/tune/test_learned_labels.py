@@ -16,6 +16,7 @@ from taper.tune.learned_labels import (
     measure_prompts,
     random_cuts,
     tolerance_for,
+    with_greedy_answers,
 )
 from taper.tune.prompts import PromptSet
 
@@ -48,7 +49,10 @@ def one_token_at_a_time(decoder, prompt, bits_of_token, given=()):
 @pytest.mark.parametrize("given", [(), tuple(range(100, 110))])
 def test_damage_is_that_of_the_schedule(decoder, given):
     """Every branch against its own run from the prompt on: nothing of another branch stays in the cache."""
-    measured = measure_prompts(decoder, dataclasses.replace(SET, references=(given,) * 2), PLAN)
+    answered = with_greedy_answers(decoder, SET, 8)
+    measured = measure_prompts(
+        decoder, dataclasses.replace(SET, references=(given,) * 2) if given else answered, PLAN
+    )
     for prompt, found in zip(PROMPTS, measured, strict=True):
         for pair, (high, low) in enumerate(((4, 3), (3, 2))):
             at_high = one_token_at_a_time(decoder, prompt, lambda n, high=high: high, given)
@@ -63,7 +67,7 @@ def test_damage_is_that_of_the_schedule(decoder, given):
 
 
 def test_entries_are_those_of_the_prompt_at_its_own_bits(decoder):
-    found = measure_prompts(decoder, SET, PLAN)[0]
+    found = measure_prompts(decoder, with_greedy_answers(decoder, SET, 8), PLAN)[0]
     cache = decoder.new_cache(64)
     decoder.forward(PROMPTS[0], cache, 8, "none")
     keys, values = mean_over_heads(cache.entries(-1))
@@ -105,11 +109,29 @@ def test_what_is_cut_off_begins_the_reference():
         assert reference == tuple(range(len(prompt), len(prompt) + 12))
 
 
-def test_measuring_is_along_the_greedy_answer_where_no_reference_is_given(decoder):
-    walk = GreedyWalk(decoder, PROMPTS[0], 12)
-    walk.prefill(8)
-    walk.extend(8, 12)
-    given = dataclasses.replace(SET.select([0]), references=(tuple(walk.tokens),))
-    np.testing.assert_array_equal(
-        measure_prompts(decoder, given, PLAN)[0].damage, measure_prompts(decoder, SET, PLAN)[0].damage
-    )
+def test_answers_side_by_side_are_those_of_each_prompt_alone(decoder, monkeypatch):
+    """A stop token ends one answer and not its neighbours'."""
+    many = PromptSet("t", PROMPTS * 9, 12, ((),) * 18, tuple(range(18)))
+    alone = []
+    for stop in (None, 5):
+        for prompt in PROMPTS:
+            walk = GreedyWalk(decoder, prompt, 12)
+            walk.prefill(8)
+            walk.extend(8, 12)
+            alone.append(tuple(walk.tokens))
+        found = with_greedy_answers(decoder, many, 8)
+        assert found.references == tuple(alone[-2:]) * 9
+        if stop is not None:
+            assert len(alone[-2]) < 12 == len(alone[-1])
+            return
+        token = next(token for token in alone[0][2:8] if token not in (*alone[0][:2], *alone[1]))
+        config = dataclasses.replace(decoder.config, eos_token_ids=(token,))
+        monkeypatch.setattr(decoder, "config", config)
+
+
+def test_answer_of_one_token_has_no_damage(decoder):
+    short = dataclasses.replace(SET, references=((5,), (5, 6)))
+    measured = measure_prompts(decoder, short, PLAN)
+    assert not measured[0].damage.any()
+    assert measured[1].damage[:, 0].all()
+    assert not measured[1].damage[:, 1:].any()

@@ -24,6 +24,7 @@ from taper.tune.learned_labels import (
     measure_prompts,
     random_cuts,
     tolerance_for,
+    with_greedy_answers,
 )
 from taper.tune.learned_train import TrainingPlan, train
 from taper.tune.prompts import read_prompts
@@ -95,8 +96,9 @@ def learned_scheduler(
         seed=options.seed,
     )
     plan = LabelPlan(options.widths, prefill_bits, options.num_segments, decoder.max_bits)
-    cut = replace(random_cuts(prompts, options.seed), references=((),) * len(prompts))
-    measured = measure_prompts(decoder, cut, plan, progress)
+    cut = random_cuts(prompts, options.seed)
+    answered = with_greedy_answers(decoder, cut, plan.reference_bits, progress)
+    measured = measure_prompts(decoder, answered, plan, progress)
     return fit(measured, plan, decoder.config.num_kv_heads, _record(options), options.seed)
 
 

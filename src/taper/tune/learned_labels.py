@@ -13,13 +13,15 @@ from numpy.typing import NDArray
 from taper.evaluate.divergence import kl_divergences, log_normalisers
 from taper.models import Decoder
 from taper.precision.learned import mean_over_heads, switch_start
-from taper.tune.greedy import GreedyWalk, run_prompt
+from taper.tune.greedy import new_cache, run_prompt
 from taper.tune.prompts import PromptSet
 
 F64 = NDArray[np.float64]
 
 # PMPD cuts prompts at a random length of at least 32 tokens.
 MIN_PROMPT_TOKENS = 32
+# Answers that are drawn side by side: one pass over the weights for all of them.
+BATCH = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,21 @@ def random_cuts(prompts: PromptSet, seed: int) -> PromptSet:
     return replace(prompts, prompts=tuple(cut), references=tuple(after))
 
 
+def with_greedy_answers(
+    decoder: Decoder,
+    prompts: PromptSet,
+    bits: float,
+    progress: Callable[[str, float], None] | None = None,
+) -> PromptSet:
+    """The prompts with the model's greedy answers at these bits as references; a stop token is the last."""
+    answers: list[tuple[int, ...]] = []
+    for begin in range(0, len(prompts), BATCH):
+        answers += _greedy(decoder, prompts.prompts[begin : begin + BATCH], prompts.max_tokens, bits)
+        if progress is not None:
+            progress("answers", len(answers) / len(prompts))
+    return replace(prompts, references=tuple(answers))
+
+
 def measure_prompts(
     decoder: Decoder,
     prompts: PromptSet,
@@ -79,12 +96,11 @@ def measure_prompts(
 
     PMPD labels by ROUGE-L of the branches' own answers. That says little here: two greedy answers part at
     their first difference, wherever the switch was. The divergence from the reference's distributions along
-    one answer is a number for every token. The answer is the prompt's reference where it has one, else, as in
-    PMPD, the greedy one at `plan.reference_bits`.
+    one answer, the prompt's reference, is a number for every token.
     """
     measured = []
-    for number, (prompt, given) in enumerate(zip(prompts.prompts, prompts.references, strict=True), 1):
-        measured.append(_measured(decoder, prompt, given, prompts.max_tokens, plan))
+    for number, (prompt, answer) in enumerate(zip(prompts.prompts, prompts.references, strict=True), 1):
+        measured.append(_measured(decoder, prompt, answer, prompts.max_tokens, plan))
         if progress is not None:
             progress("labels", number / len(prompts))
     return measured
@@ -115,9 +131,9 @@ def tolerance_for(damage: F64, high_frac: float) -> float:
 
 
 def _measured(
-    decoder: Decoder, prompt: Sequence[int], given: Sequence[int], max_tokens: int, plan: LabelPlan
+    decoder: Decoder, prompt: Sequence[int], answer: Sequence[int], max_tokens: int, plan: LabelPlan
 ) -> MeasuredPrompt:
-    branches = _Branches(decoder, prompt, given, max_tokens, plan.reference_bits)
+    branches = _Branches(decoder, prompt, answer, max_tokens, plan.reference_bits)
     keys, values = branches.prefill(plan.prefill_bits)
     starts = [switch_start(segment, plan.num_segments, max_tokens) for segment in range(plan.num_segments)]
     damage = np.zeros((len(plan.widths) - 1, plan.num_segments + 1))
@@ -131,22 +147,34 @@ def _measured(
     return MeasuredPrompt(keys, values, damage)
 
 
+def _greedy(
+    decoder: Decoder, prompts: Sequence[Sequence[int]], max_tokens: int, bits: float
+) -> list[tuple[int, ...]]:
+    caches = [new_cache(decoder, prompt, max_tokens) for prompt in prompts]
+    logits = [run_prompt(decoder, cache, ids, bits) for cache, ids in zip(caches, prompts, strict=True)]
+    answers = [[int(row.argmax())] for row in logits]
+    stop_ids = decoder.config.eos_token_ids
+    while running := [
+        i for i, answer in enumerate(answers) if len(answer) < max_tokens and answer[-1] not in stop_ids
+    ]:
+        rows = decoder.decode_batch([answers[i][-1] for i in running], [caches[i] for i in running], bits)
+        for i, row in zip(running, rows, strict=True):
+            answers[i].append(int(row.argmax()))
+    return [tuple(answer) for answer in answers]
+
+
 class _Branches:
-    """Passes over one answer: the one that is given, or the greedy one at the reference's bits."""
+    """Passes over one answer at several widths, compared with those at the reference's bits."""
 
     def __init__(
-        self, decoder: Decoder, prompt: Sequence[int], given: Sequence[int], max_tokens: int, bits: float
+        self, decoder: Decoder, prompt: Sequence[int], answer: Sequence[int], max_tokens: int, bits: float
     ) -> None:
-        walk = GreedyWalk(decoder, prompt, max_tokens, keep_logits=True)
-        walk.prefill(bits)
-        walk.extend(bits, 1 if given else max_tokens)
-        self._decoder, self._prompt, self._cache = decoder, prompt, walk.cache
-        self._answer = list(given or walk.tokens)
-        rows = np.array(walk.logits)
-        if len(given) > 1:
-            rest = decoder.forward(given[:-1], walk.cache, bits, "all")
-            assert rest is not None
-            rows = np.concatenate([rows, rest])
+        self._decoder, self._prompt, self._answer = decoder, prompt, answer
+        self._cache = new_cache(decoder, prompt, max_tokens)
+        run_prompt(decoder, self._cache, prompt, bits)
+        rows = decoder.forward(answer[:-1], self._cache, bits, "all") if len(answer) > 1 else np.empty((0, 1))
+        assert rows is not None
+        # Of the tokens that a decode pass draws; the prompt draws the first.
         self._reference, self._norms = rows, log_normalisers(rows)
 
     def prefill(self, bits: float) -> tuple[F64, F64]:
@@ -163,5 +191,5 @@ class _Branches:
         self._cache.truncate(len(self._prompt) + num_kept)
         logits = self._decoder.forward(read, self._cache, bits, "all")
         assert logits is not None
-        first = num_kept + 1
-        return kl_divergences(self._reference[first:], self._norms[first:], logits, log_normalisers(logits))
+        reference, norms = self._reference[num_kept:], self._norms[num_kept:]
+        return kl_divergences(reference, norms, logits, log_normalisers(logits))
