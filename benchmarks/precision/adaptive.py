@@ -4,11 +4,11 @@
 
 The rule: on the training text, for each token of the vocabulary, how much the KL divergence of the token
 after it falls from the lower width to the higher. An answer takes the higher width after the tokens where
-that is most, the lower one elsewhere. The threshold is the training text's median, and follows the answer
-so that half of the passes are high. `settling` spends a quarter of the answer at the higher width first,
-then a third of the rest by the rule. `alternate` takes the widths in turn; `flat` reads the mean of both as
-a fraction of bits, where the file has a sensitivity. The static policy switches at half of the answer.
-Prompts are read at all planes, and end-of-text tokens end nothing.
+that is most, the lower one elsewhere. The threshold is the training text's median, and follows the answer so
+that half of the passes are high. `settling` spends a quarter of the answer at the higher width first, then a
+third of the rest by the rule. `alternate` takes the widths in turn; `flat` reads the mean of both as a
+fraction of bits, where the file has a sensitivity. The static policy switches at half of the answer. Prompts
+are read at all planes, and end-of-text tokens end nothing.
 
 Loss is the mean KL divergence from all planes along the text's own continuation and along the policy's own
 greedy answer, and one minus ROUGE-L of that answer with the one of all planes. Intervals are 95 %, from the
