@@ -180,23 +180,25 @@ class _Timed(Learned):
     seconds = 0.0
 
     def bits(self, step: StepContext) -> float:
-        began, is_first = time.perf_counter(), step.phase == "decode" and step.num_generated == 1
+        began, is_first = time.thread_time(), step.phase == "decode" and step.num_generated == 1
         bits = super().bits(step)
         if is_first:
-            self.seconds = time.perf_counter() - began
+            self.seconds = time.thread_time() - began
         return bits
 
 
 def decision_shares(decoder: Decoder, scheduler: LearnedScheduler, prompts: PromptSet) -> F64:
-    """Share of each request's time in the engine that the decision takes."""
+    """Share of each request's time that the decision takes, both as CPU time of the calling thread: it works
+    or spins in every pass, and other programs do not count."""
     engine, shares = Engine(decoder, None), []
     for prompt in prompts.prompts:
         policy = _Timed(scheduler)
         request = Request(
             prompt, policy, SamplingParams(temperature=0.0), prompts.max_tokens, ignore_eos=True
         )
-        usage = engine.generate(request).usage
-        shares.append(policy.seconds / (usage.prefill_s + usage.decode_s))
+        began = time.thread_time()
+        engine.generate(request)
+        shares.append(policy.seconds / (time.thread_time() - began))
     return np.array(shares)
 
 
