@@ -123,6 +123,22 @@ def test_decision_is_made_once_and_lazily():
     assert len(calls) == 1
 
 
+def test_next_prompt_decides_anew():
+    """One policy object for two requests: the second must not run the first one's schedule."""
+    policy, learned = Learned(scheduler(random_weights(3))), scheduler(random_weights(3))
+    found = []
+    for seed in range(8):
+        entries = tuple(
+            np.random.default_rng([seed, 0]).standard_normal((2, HEADS, 9, HEAD_DIM)).astype("f4")
+        )
+        policy.bits(step("prefill", 0))
+        bits = [policy.bits(step("decode", n, lambda entries=entries: entries)) for n in range(1, 40)]
+        schedule = schedule_of(learned, entries, 40)
+        assert bits == [schedule.bits(step("decode", n)) for n in range(1, 40)]
+        found.append(tuple(bits))
+    assert len(set(found)) > 1
+
+
 def test_policy_needs_the_kv_cache():
     policy = Learned(scheduler())
     with pytest.raises(UsageError, match="needs the KV cache"):

@@ -102,7 +102,7 @@ def predict(weights: PredictorWeights, prompts: Prompts) -> Activations:
 class Learned:
     """A schedule of the request's own, decided once, before the first decode pass.
 
-    Keeps the decision, so it serves one request.
+    Keeps the decision until the next prompt, so it serves one request at a time.
 
     Args:
         scheduler: of the model's file.
@@ -121,6 +121,7 @@ class Learned:
             UsageError: an engine that does not show the KV cache.
         """
         if step.phase == "prefill":
+            self._schedule = None
             return self._scheduler.prefill_bits
         if self._schedule is None:
             if step.kv is None:
