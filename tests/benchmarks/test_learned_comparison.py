@@ -7,6 +7,7 @@ import json
 import learned as bench
 import numpy as np
 import pytest
+from general_text import general_documents
 
 from taper.engine import Engine, Request, SamplingParams
 from taper.evaluate.sequences import rouge_l
@@ -56,6 +57,18 @@ def test_switches_that_follow_the_losses_beat_static_and_shuffled():
     assert bad.difference - bad.half_width > 0
     same = bench.compare_divergence("t", damage, np.full(40, 2), passes)
     assert same.difference == pytest.approx(0)
+
+
+def test_general_text_leaves_dialogue_out():
+    text = "naïve prose|spoken words|".encode() * 40
+    rows = [
+        {"split": "train", "domain": domain, "offset": at * 26 + begin, "bytes": length}
+        for at in range(40)
+        for domain, begin, length in (("fiction", 0, 12), ("dialogue", 13, 12))
+    ]
+    found = general_documents(text, rows, ["a story"] * 3)
+    assert sorted(found) == ["a story"] * 3 + ["naïve prose"] * 40
+    assert found != sorted(found)
 
 
 def test_greedy_answers_are_the_engines(model):
