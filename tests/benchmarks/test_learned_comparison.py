@@ -59,6 +59,19 @@ def test_switches_that_follow_the_losses_beat_static_and_shuffled():
     assert same.difference == pytest.approx(0)
 
 
+def test_interval_leaves_out_what_equal_bits_cancel():
+    """Losses in proportion to the bits say nothing between policies of equal bits; noise does."""
+    generator = np.random.default_rng(0)
+    passes = generator.choice([9.0, 19.0, 29.0], 400)
+    proportional = -0.01 * (passes - passes.mean())
+    assert bench.at_equal_bits(proportional, passes) == pytest.approx((0, 0), abs=1e-12)
+    noise = 0.5 + generator.standard_normal(400)
+    mean, half_width = bench.at_equal_bits(proportional + noise, passes)
+    assert mean == pytest.approx(noise.mean())
+    assert half_width == pytest.approx(1.96 / 20, rel=0.1)
+    assert bench.at_equal_bits(noise, np.full(400, 9.0))[1] == pytest.approx(1.96 / 20, rel=0.1)
+
+
 def test_general_text_leaves_dialogue_out():
     text = "naïve prose|spoken words|".encode() * 40
     rows = [
