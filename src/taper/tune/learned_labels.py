@@ -172,7 +172,9 @@ class _Branches:
         self._decoder, self._prompt, self._answer = decoder, prompt, answer
         self._cache = new_cache(decoder, prompt, max_tokens)
         run_prompt(decoder, self._cache, prompt, bits)
-        rows = decoder.forward(answer[:-1], self._cache, bits, "all") if len(answer) > 1 else np.empty((0, 1))
+        rows: NDArray[np.float32] | None = np.empty((0, decoder.config.vocab_size), dtype=np.float32)
+        if len(answer) > 1:
+            rows = decoder.forward(answer[:-1], self._cache, bits, "all")
         assert rows is not None
         # Of the tokens that a decode pass draws; the prompt draws the first.
         self._reference, self._norms = rows, log_normalisers(rows)
