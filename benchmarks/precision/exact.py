@@ -182,10 +182,12 @@ class Speed:
         }
 
 
-def measure_speed(llm: LLM, prompts: Prompts, policy: str, rounds: int, num_tokens: int) -> Iterator[Speed]:
+def measure_speed(
+    llm: LLM, prompts: Prompts, samplings: Sequence[str], policy: str, rounds: int, num_tokens: int
+) -> Iterator[Speed]:
     """Fixed and exact take turns over the same prompts and seeds, and turns in who is first."""
     fixed = f"fixed:{llm.policy(policy).width:.9g}"  # type: ignore[attr-defined]
-    for task, name in itertools.product(prompts, ("greedy", "taper run", "temperature 1")):
+    for task, name in itertools.product(prompts, samplings):
         speed = Speed(task, name, [], [])
         for turn in range(rounds + 1):
             sides = [(fixed, speed.fixed), (policy, speed.exact)]
@@ -316,7 +318,8 @@ def _mismatches(llm: LLM, arguments: argparse.Namespace) -> int:
 def _speed(llm: LLM, arguments: argparse.Namespace) -> int:
     prompts = read_prompts(llm, arguments.texts, arguments.prompts)
     rows = []
-    for speed in measure_speed(llm, prompts, arguments.policy, arguments.rounds, arguments.tokens):
+    how = (arguments.sampling, arguments.policy, arguments.rounds, arguments.tokens)
+    for speed in measure_speed(llm, prompts, *how):
         row = speed.figures()
         ratios = row["ratios"][1:]
         print(
@@ -358,16 +361,24 @@ def main() -> int:
         "--first-seed", type=int, default=0, help="for --mismatches, which Ctrl-C may end early"
     )
     parser.add_argument("--policy", default="exact", help="for --speed")
+    parser.add_argument(
+        "--sampling",
+        nargs="+",
+        choices=SAMPLINGS,
+        default=["greedy", "taper run", "temperature 1"],
+        help="for --speed",
+    )
     parser.add_argument("--tokens", type=int, default=128, help="of a generation")
     parser.add_argument("--prompts", type=int, default=4, help="documents of each text")
     parser.add_argument("--rounds", type=int, default=7, help="for --speed, after a first one")
     parser.add_argument("--threads", type=int, help="default: one a core")
+    parser.add_argument("--task", nargs="+", choices=TEXTS, default=[*TEXTS])
     for task, path in TEXTS.items():
         parser.add_argument(
             f"--{task}", type=Path, default=path, help="text; documents end with <|endoftext|>"
         )
     arguments = parser.parse_args()
-    arguments.texts = {task: getattr(arguments, task) for task in TEXTS}
+    arguments.texts = {task: getattr(arguments, task) for task in arguments.task}
     if arguments.threads:
         set_num_threads(arguments.threads)
     llm = load(arguments.model)
