@@ -17,9 +17,9 @@ ROUNDS_OF_A_CHOICE = 8
 # Of the time, what may go to trying something else than the best.
 EXPLORED_FRAC = 0.015
 
-# A time is the second least of the last five: some rounds are held up by other work, and a median of five
-# is wrong after three of them.
-KEPT_TIMES = 5
+# A time is the lower quartile of the last 16: some rounds are held up by other work, and widths that differ by
+# a few percent are told apart.
+KEPT_TIMES = 16
 
 # Passes of one token before the first draft: all guesses are parts of their time, and the first one is cold.
 FIRST_PASSES = 3
