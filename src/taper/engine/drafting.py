@@ -17,8 +17,8 @@ ROUNDS_OF_A_CHOICE = 8
 # Of the time, what may go to trying something else than the best.
 EXPLORED_FRAC = 0.015
 
-# A time is the lower quartile of the last 16: some rounds are held up by other work, and widths that differ by
-# a few percent are told apart.
+# A time is the lower quartile of the last 16: some rounds are held up by other work, and widths may differ
+# by a few percent only.
 KEPT_TIMES = 16
 
 # Passes of one token before the first draft: all guesses are parts of their time, and the first one is cold.
