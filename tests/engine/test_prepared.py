@@ -61,6 +61,25 @@ def test_the_answer_is_the_same_and_the_rest_is_read(decoder, prompt, left):
     assert done.usage.num_prompt_tokens == len(prompt)
 
 
+def test_an_audit_reads_a_prepared_prompt_again_where_it_was_read_at_fewer_bits(decoder):
+    """The policy reads the prompt's beginning, which is prepared, at 4 bits and its end at 8."""
+
+    class Rising:
+        name = "rising"
+
+        def bits(self, step):
+            return 4 if step.position < len(AHEAD) else 8
+
+    prompt = (*AHEAD, 1, 2, 3)
+    audited = request(prompt, Rising(), audit=True)
+    plain = Engine(decoder, None, len(AHEAD)).generate(audited)
+    engine = Engine(decoder, None, len(AHEAD))
+    engine.prepare(request(AHEAD, Rising()))
+    done = engine.generate(audited)
+    assert done.token_ids == plain.token_ids
+    assert done.audit.kl == plain.audit.kl
+
+
 def test_other_bits_take_nothing_over(decoder):
     model = Recording(decoder)
     engine = Engine(model, None)
