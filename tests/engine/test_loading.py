@@ -95,14 +95,14 @@ def test_widths_for_policies_are_those_of_the_whole_file(growing):
     assert (decoder.min_bits, decoder.max_bits, decoder.available_bits) == (2, 8, 3)
 
 
-def test_an_audit_waits_for_nobody(growing):
-    """It is refused before the answer, not after it."""
+def test_an_audit_reads_at_what_is_there_and_is_refused_above(growing):
+    """Refused before the answer, not after it."""
     model = growing(3)
+    assert model.engine.generate(greedy(Fixed(2), max_tokens=2, audit=True)).audit.bits == 3
     with pytest.raises(UsageError, match="3 of 8 planes have arrived; 8 are needed"):
-        model.engine.generate(greedy(Fixed(2), max_tokens=2, audit=True))
-    assert model.engine.generate(greedy(Fixed(2), max_tokens=2, audit=True, audit_bits=3)).audit
+        model.engine.generate(greedy(Fixed(2), max_tokens=2, audit=True, audit_bits=8))
     model.grow(8)
-    assert model.engine.generate(greedy(Fixed(2), max_tokens=2, audit=True)).audit
+    assert model.engine.generate(greedy(Fixed(2), max_tokens=2, audit=True)).audit.bits == 8
 
 
 def test_refresh_writes_the_cache_that_the_missing_bits_would_have_written(growing, whole):

@@ -140,8 +140,8 @@ def command(
     asked = _asked_policy(policy, bits)
     set_threads(threads)
     if progressive_load is None:
-        # What is given a policy or a seed, or read by a program, must not depend on the speed of a disk. An
-        # audit needs every plane.
+        # What is given a policy or a seed, or read by a program, must not depend on the speed of a disk; an
+        # audit compares with all the bits that are there.
         progressive_load = asked is None and sampling["seed"] is None and not (as_json or audit)
     llm = _load(model, progressive_load, memory_budget)
     options = RunOptions(
