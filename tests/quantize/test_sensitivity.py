@@ -145,10 +145,10 @@ def test_a_large_model_is_measured_at_few_widths(tmp_path: Path, file: TaperFile
     assert plan.num_tokens == 128
 
 
-def test_the_rest_is_read_at_six_bits_where_only_fewer_are_measured() -> None:
-    # Of an eight-bit file, so that 6 is not all its planes.
+def test_the_rest_is_read_at_five_bits_where_only_fewer_are_measured() -> None:
+    # Of an eight-bit file, so that 5 is not all its planes.
     wide = cast(TaperFile, SimpleNamespace(max_bits=8))
-    assert [full_reading(wide, bits) for bits in ((2,), (2, 3, 5), (2, 6), (2, 7))] == [6, 6, 8, 8]
+    assert [full_reading(wide, bits) for bits in ((2,), (2, 3, 4), (2, 5), (2, 7))] == [5, 5, 8, 8]
     assert full_reading(cast(TaperFile, SimpleNamespace(max_bits=4)), (2,)) == 4
 
 

@@ -37,10 +37,9 @@ _MIN_TOKENS = 128
 # over 1024 tokens, takes a fifth of it; a model of 1.1 B weights, one width over 128 tokens, five times as
 # much.
 _MAX_WORK = 2e12
-# The widest reading whose values are single int8 parts: at 7 and 8 bits a product is four, at 6 two. Where
-# only fewer bits are measured the last planes change the figures by 2 % (0.1828 for 0.1854 nats) and take
-# twice the time.
-_SINGLE_VALUES_BITS = 6
+# The widest reading whose values and activations are single int8 parts: at 6 bits a product is two, at 7 and 8
+# four. Where only fewer bits are measured the last planes change little and take up to four times the time.
+_SINGLE_PRODUCT_BITS = 5
 # Logits of the reference that are held, in elements: 256 MiB of float32.
 _MAX_LOGITS = 1 << 26
 
@@ -76,8 +75,8 @@ def default_plan(file: TaperFile) -> Plan:
 
 
 def full_reading(file: TaperFile, bits: tuple[int, ...]) -> int:
-    """Planes of every matrix but the one that is measured at `bits`: all, or 6 where fewer are measured."""
-    return file.max_bits if max(bits) >= _SINGLE_VALUES_BITS else min(file.max_bits, _SINGLE_VALUES_BITS)
+    """Planes of every matrix but the one that is measured at `bits`: all, or 5 where fewer are measured."""
+    return file.max_bits if max(bits) >= _SINGLE_PRODUCT_BITS else min(file.max_bits, _SINGLE_PRODUCT_BITS)
 
 
 def passages(file: TaperFile, text: str, num_tokens: int) -> Int32:
