@@ -124,6 +124,10 @@ def test_bench_refuses_what_it_cannot_measure(taper, model):
     assert taper("bench", model, "--depth", "1,x").status == 2
     assert taper("bench", model, "--batch", "0").status == 2
     assert taper("bench", model, "--bits", "4", "--policy", "fixed:4").status == 2
+    for policy in ("exact:8/4", "learned"):
+        outcome = taper("bench", model, "--policy", policy)
+        assert outcome.status == 2
+        assert "hangs on the answer" in outcome.err
 
 
 def test_eval_labels_both_protocols(taper, model, text):

@@ -178,6 +178,8 @@ def _policies(
     if policy is not None:
         if bits is not None:
             raise UsageError("--bits and --policy both say which bits to read", hint="give one of them")
+        if policy.partition(":")[0] in ("exact", "learned"):
+            raise UsageError(f"policy {policy!r} hangs on the answer", hint="give --bits or switches")
         return (parse_policy(policy, decoder.min_bits, decoder.max_bits, decoder.has_sensitivity),)
     widths = bits or tuple(range(decoder.max_bits, decoder.min_bits - 1, -1))
     for width in widths:

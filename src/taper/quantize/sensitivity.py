@@ -37,8 +37,8 @@ _MIN_TOKENS = 128
 # over 1024 tokens, takes a fifth of it; a model of 1.1 B weights, one width over 128 tokens, five times as
 # much.
 _MAX_WORK = 2e12
-# The widest reading whose values and activations are single int8 parts: at 6 bits a product is two, at 7 and 8
-# four. Where only fewer bits are measured the last planes change little and take up to four times the time.
+# The widest reading whose values and activations are single int8 parts: at 6 bits a product is two, at 7 and
+# 8 four. Where only fewer bits are measured the last planes change little and take up to four times the time.
 _SINGLE_PRODUCT_BITS = 5
 # Logits of the reference that are held, in elements: 256 MiB of float32.
 _MAX_LOGITS = 1 << 26
