@@ -246,9 +246,10 @@ def plot(tasks: dict[str, list[Line]], path: Path, title: str) -> None:
             axes.set_yscale("log")
             axes.grid(alpha=0.3, which="both")
         row[0].set_ylabel("KL from all planes, nats")
-    grid[0][0].legend(fontsize=7, loc="lower left")
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=9, loc="lower center", ncols=6)
     figure.suptitle(title, fontsize="medium")
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
     try:
         figure.savefig(path, format="png", dpi=100)
     except OSError as error:
