@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from schedules import plan, policy_of
 
 from taper.engine import LLM, Engine, Request
-from taper.engine.sampler import SampledToken
-from taper.engine.sequence import Sequence as EngineSequence
+from taper.engine.audit import ForcedTokens
 from taper.kvcache import KvCache
 from taper.precision import PrecisionPolicy
 from taper.tune.greedy import new_cache, run_prompt
@@ -76,16 +75,15 @@ class OnePrompt:
 
     def _taught(self, policy: PrecisionPolicy) -> tuple[F32, Bits]:
         """`forced` for a policy that looks at the model's state: it sees what it sees in use."""
-        engine = _TaughtEngine(self._model, None)
-        engine.teacher = _Teacher(self.reference_ids)
+        teacher = _Teacher(self.reference_ids)
         request = Request(self.prompt_ids, policy, max_tokens=self._limit, ignore_eos=True)
         bits: Bits = []
-        with engine.stream(request) as stream:
+        with Engine(self._model, None).stream(request, teacher) as stream:
             for step in stream:
                 bits.append(step.bits)
                 if len(bits) == len(self.reference_ids):
                     break
-        return np.array(engine.teacher.rows), bits
+        return np.array(teacher.rows), bits
 
 
 def answers(llm: LLM, prompts: Sequence[OnePrompt], text: str, limit: int) -> list[tuple[list[int], Bits]]:
@@ -113,25 +111,14 @@ def answers(llm: LLM, prompts: Sequence[OnePrompt], text: str, limit: int) -> li
     return [(drawn, bits[: len(drawn)]) for drawn in tokens]
 
 
-class _Teacher:
-    """In the sampler's place: gives the reference's tokens, and keeps the logits that it was shown."""
+class _Teacher(ForcedTokens):
+    """The reference's tokens; keeps the logits that it was shown."""
 
     def __init__(self, reference: Sequence[int]) -> None:
-        self._reference = reference
+        super().__init__(reference)
         self.rows: list[F32] = []
 
-    def sample(self, logits: F32) -> SampledToken:
+    def draw(self, logits: F32) -> int:
         """The next token of the reference."""
         self.rows.append(logits.copy())
-        return SampledToken(self._reference[len(self.rows) - 1])
-
-
-class _TaughtEngine(Engine):
-    """The engine with a teacher instead of a sampler."""
-
-    teacher: _Teacher
-
-    def _sequence(self, request: Request) -> EngineSequence:
-        sequence = super()._sequence(request)
-        sequence.sampler = self.teacher  # type: ignore[assignment]
-        return sequence
+        return super().draw(logits)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import secrets
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from functools import lru_cache, partial
-from numbers import Integral, Real
 from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
 
-from taper.engine.audit import AuditLog, ForcedTokens, run_audit
+from taper.engine.admission import Admission
+from taper.engine.audit import ForcedTokens, run_audit
 from taper.engine.completion import Completion, StepOutput, completion_of
 from taper.engine.drafting import AdaptivePlanner, Planner
 from taper.engine.limits import Limits
@@ -22,10 +21,9 @@ from taper.engine.model_runner import Model, ModelRunner
 from taper.engine.prepared import PreparedPrompt
 from taper.engine.refresh import is_due, refresh
 from taper.engine.request import Request
-from taper.engine.sampler import Sampler, logit_features
+from taper.engine.sampler import logit_features
 from taper.engine.sequence import Sequence
 from taper.engine.speculation import Speculator
-from taper.engine.stop_strings import StopStrings
 from taper.errors import DoesNotFitError, UsageError
 from taper.precision import (
     Bits,
@@ -34,12 +32,9 @@ from taper.precision import (
     LayerBits,
     LogitFeatures,
     Phase,
-    PrecisionPolicy,
     StepContext,
-    describe_widths,
-    whole_bits,
 )
-from taper.tokenizer import IncrementalDetokenizer, Tokenizer
+from taper.tokenizer import Tokenizer
 
 Logits = NDArray[np.float32]
 
@@ -112,13 +107,18 @@ class Engine:
             raise UsageError(f"prefill_chunk_tokens is {prefill_chunk_tokens}; it must be at least 1")
         self.model = model
         self.tokenizer = tokenizer
+        self._admission = Admission(model, tokenizer)
         self._prefill_chunk_tokens = prefill_chunk_tokens
         self.planner_of = lru_cache(maxsize=_MAX_PLANNERS)(planner_of)
         self.limits = Limits() if limits is None else limits
         self._prepared: PreparedPrompt | None = None
 
-    def stream(self, request: Request) -> TokenStream:
+    def stream(self, request: Request, given: ForcedTokens | None = None) -> TokenStream:
         """Check a request and return its tokens; the work is done as they are taken.
+
+        Args:
+            request: the prompt, the policy, and how to draw.
+            given: tokens in the place of drawn ones, as many as are taken.
 
         Raises:
             UsageError: an empty prompt, a token outside the vocabulary, text or stop strings without a
@@ -128,7 +128,9 @@ class Engine:
                 of more tokens than it can keep the logits of. While it runs: the memory budget has no room
                 for it, or for the audit's width.
         """
-        sequence = self._sequence(request)
+        sequence = self._admission.sequence(request)
+        if given is not None:
+            sequence.sampler = given
         return TokenStream(sequence, self._steps(sequence))
 
     def generate(self, request: Request) -> Completion:
@@ -152,7 +154,7 @@ class Engine:
         Raises:
             What `stream` raises.
         """
-        sequence = self._sequence(request)
+        sequence = self._admission.sequence(request)
         bits = self._bits(sequence, "prefill", 0, None)
         self.limits.leave(sequence)
         ids = sequence.prompt_ids
@@ -173,114 +175,12 @@ class Engine:
         Raises:
             UsageError, DoesNotFitError: as `stream`; an empty answer.
         """
-        ids = self._answer_ids(request, answer)
-        given = replace(request, audit=True, max_tokens=len(ids), stop=(), stop_token_ids=(), ignore_eos=True)
-        sequence = self._sequence(given)
-        sequence.sampler = ForcedTokens(ids)
-        with TokenStream(sequence, self._steps(sequence)) as stream:
+        ids = self._admission.answer_ids(request, answer)
+        whole = replace(request, audit=True, max_tokens=len(ids), stop=(), stop_token_ids=(), ignore_eos=True)
+        with self.stream(whole, ForcedTokens(ids)) as stream:
             for _ in stream:
                 pass
             return stream.completion()
-
-    def _sequence(self, request: Request) -> Sequence:
-        prompt_ids = self._prompt_ids(request)
-        if request.stop and self.tokenizer is None:
-            raise UsageError("stop strings need a tokenizer; the model has none", "use stop_token_ids")
-        config = self.model.config
-        stop_ids = frozenset(() if request.ignore_eos else config.eos_token_ids) | {*request.stop_token_ids}
-        self._check_vocabulary("stop_token_ids", [*request.stop_token_ids])
-        if isinstance(request.policy, Exact) and request.policy.draft_width is not None:
-            self._readable(request.policy, request.policy.draft_width)
-        given = request.sampling.seed
-        seed = secrets.randbits(64) if given is None else int(given)
-        max_tokens = self._max_tokens(request, len(prompt_ids))
-        return Sequence(
-            request=request,
-            prompt_ids=prompt_ids,
-            max_tokens=max_tokens,
-            stop_token_ids=stop_ids,
-            seed=seed,
-            sampler=Sampler(request.sampling, config.vocab_size, prompt_ids, seed),
-            stop_strings=StopStrings(request.stop),
-            detokenizer=IncrementalDetokenizer(self.tokenizer, prompt_ids) if self.tokenizer else None,
-            audit_log=self._audit_log(request, max_tokens),
-        )
-
-    def _audit_log(self, request: Request, max_tokens: int) -> AuditLog | None:
-        if not request.audit:
-            return None
-        bits = None if request.audit_bits is None else whole_bits(request.audit_bits)
-        if bits is not None:
-            self.model.bytes_per_pass(bits)  # refuses bits that the model cannot be read at
-        return AuditLog.sized(bits, max_tokens, self.model.config.vocab_size)
-
-    def _prompt_ids(self, request: Request) -> list[int]:
-        ids = self._encoded(request)
-        self._check_vocabulary("the prompt", ids)
-        bos = self.model.config.bos_token_id
-        if not ids and request.allow_empty_prompt and bos is not None:
-            return [bos]
-        if not ids:
-            raise UsageError(
-                "the prompt is empty; it needs at least one token", "write some text to continue"
-            )
-        return ids
-
-    def _encoded(self, request: Request) -> list[int]:
-        """The prompt as token ids; none for empty text, whatever special tokens would go around it."""
-        if isinstance(request.prompt, (bytes, bytearray)) or not isinstance(request.prompt, Iterable):
-            raise UsageError(f"the prompt is {type(request.prompt).__name__}; it must be text or token ids")
-        if not isinstance(request.prompt, str):
-            return list(request.prompt)
-        if self.tokenizer is None:
-            raise UsageError("the prompt is text, but the model has no tokenizer", "give token ids")
-        if not request.prompt:
-            return []
-        return self.tokenizer.encode(request.prompt, special_tokens=request.special_tokens)
-
-    def _answer_ids(self, request: Request, answer: str | SequenceOf[int]) -> list[int]:
-        if not isinstance(answer, str):
-            ids = list(answer)
-        elif self.tokenizer is None:
-            raise UsageError("the answer is text, but the model has no tokenizer", "give token ids")
-        elif isinstance(request.prompt, str):
-            # As one text: some tokenizers put a space before a text that stands alone.
-            whole = request.prompt + answer
-            ids = self.tokenizer.encode(whole, special_tokens=request.special_tokens)
-            del ids[: len(self._encoded(request))]
-        else:
-            ids = self.tokenizer.encode(answer, special_tokens=False)
-        self._check_vocabulary("the answer", ids)
-        if not ids:
-            raise UsageError("the answer is empty; an audit needs at least one token", "give the answer")
-        return ids
-
-    def _check_vocabulary(self, name: str, ids: list[int]) -> None:
-        size = self.model.config.vocab_size
-        for token_id in ids:
-            if not isinstance(token_id, Integral) or not 0 <= token_id < size:
-                raise UsageError(
-                    f"{name} has the token id {token_id!r}; the vocabulary is 0 to {size - 1}",
-                    "use the tokenizer that belongs to the model",
-                )
-
-    def _max_tokens(self, request: Request, num_prompt: int) -> int:
-        """The limit on new tokens, refused where it does not fit: never cut in silence."""
-        context = self.model.context_length
-        left = context - num_prompt
-        if left < 1:
-            raise DoesNotFitError(
-                f"the prompt has {num_prompt} tokens; the context of {context} leaves no room for an answer",
-                f"shorten the prompt to at most {context - 1} tokens",
-            )
-        if request.max_tokens is None:
-            return left
-        if request.max_tokens > left:
-            raise DoesNotFitError(
-                f"{num_prompt} prompt and {request.max_tokens} new tokens exceed the context of {context}",
-                f"ask for at most {left} new tokens, or shorten the prompt",
-            )
-        return request.max_tokens
 
     def _steps(self, sequence: Sequence) -> Generator[StepOutput, None, None]:
         """Prefill, then one token a turn, until the sequence ends; frees the KV cache whatever happens."""
@@ -332,7 +232,7 @@ class Engine:
             sequence,
             runner,
             self.planner_of(policy),
-            lambda: self.limits.clamp(sequence, "decode", self._readable(policy, policy.width)),
+            lambda: self.limits.clamp(sequence, "decode", self._admission.readable(policy, policy.width)),
             lambda logits, bits: self._draw(sequence, logits, bits),
         )
         sequence.decode_ns += time.perf_counter_ns() - began_ns
@@ -413,24 +313,8 @@ class Engine:
         policy = sequence.request.policy
         bits = policy.bits(step)
         if not isinstance(bits, LayerBits):
-            return self.limits.clamp(sequence, phase, self._readable(policy, bits))
-        layers = [self._readable(policy, layer) for layer in bits.layers]
-        head = self._readable(policy, bits.head)
+            return self.limits.clamp(sequence, phase, self._admission.readable(policy, bits))
+        layers = [self._admission.readable(policy, layer) for layer in bits.layers]
+        head = self._admission.readable(policy, bits.head)
         most = self.limits.clamp(sequence, phase, max(*layers, head))
         return LayerBits(tuple(min(layer, most) for layer in layers), min(head, most))
-
-    def _readable(self, policy: PrecisionPolicy, bits: float) -> float:
-        """Bits that a policy gave, an int where they are whole; refuses what the model does not hold."""
-        low, high, fractions = self.model.min_bits, self.model.max_bits, self.model.has_sensitivity
-        if not isinstance(bits, Real) or not low <= bits <= high:
-            raise UsageError(
-                f"policy {policy.name!r} gave {bits!r} bits; this model holds {describe_widths(low, high)}",
-                "parse the policy for this model's widths",
-            )
-        whole = whole_bits(float(bits))
-        if not (fractions or isinstance(whole, int)):
-            raise UsageError(
-                f"policy {policy.name!r} gave {bits!r} bits; a fraction needs a file with sensitivity",
-                "choose whole numbers, or measure it: taper allocate FILE --text TEXT",
-            )
-        return whole
