@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 
 from taper.cli.main import execute
@@ -50,3 +51,19 @@ def taper(capsys, monkeypatch) -> Callable[..., Outcome]:
         return Outcome(status, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def documents(tmp_path_factory) -> Path:
+    """A text of forty documents of forty words, to tune on."""
+    random = np.random.default_rng(5)
+    words = ["the", "cat", "hat", "in", "on", "and", "man", "ring", "stone", "is", "was", "old"]
+    path = tmp_path_factory.mktemp("text") / "words.part.txt"
+    path.write_text("\n<|endoftext|>\n".join(" ".join(random.choice(words, 40)) for _ in range(40)))
+    return path
+
+
+@pytest.fixture
+def untied(tmp_path) -> Path:
+    """A tiny model of 2 to 8 bits that a test may change."""
+    return tiny_taper(tmp_path / "tiny.taper", tie_word_embeddings=False)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 
 from taper.formats.container import TaperFile
-from taper.testing.tiny import tiny_taper
 
 SMALL = [
     *("--objective", "bits", "--widths", "8,6,4", "--segments", "2", "--search-prompts", "8"),
@@ -16,62 +14,47 @@ SMALL = [
 ]
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    random = np.random.default_rng(5)
-    words = ["the", "cat", "hat", "in", "on", "and", "man", "ring", "stone", "is", "was", "old"]
-    path = tmp_path_factory.mktemp("text") / "words.part.txt"
-    documents = [" ".join(random.choice(words, 40)) for _ in range(40)]
-    path.write_text("\n<|endoftext|>\n".join(documents))
-    return path
-
-
-@pytest.fixture
-def file(tmp_path):
-    return tiny_taper(tmp_path / "tiny.taper", tie_word_embeddings=False)
-
-
-def test_winner_is_stored_and_runs_by_its_name(taper, file, text):
-    before = TaperFile.open(file)
-    outcome = taper("tune", file, "--task", text, *SMALL)
+def test_winner_is_stored_and_runs_by_its_name(taper, untied, documents):
+    before = TaperFile.open(untied)
+    outcome = taper("tune", untied, "--task", documents, *SMALL)
     assert outcome.status == 0, outcome.err
     assert "reverse order" in outcome.out
     assert "uniform 8" in outcome.out
-    after = TaperFile.open(file, verify=True)
+    after = TaperFile.open(untied, verify=True)
     policy = after.policies["words"]
     assert f"{policy} saves" in outcome.out
     evidence = after.provenance["tuned"]["words"]
     assert evidence["policy"] == policy
     assert evidence["loss_upper"] < 0.2
     assert after.tensor("embed.plane0").tobytes() == before.tensor("embed.plane0").tobytes()
-    assert not list(file.parent.glob("*.partial"))
-    answer = taper("run", file, "the cat", "--policy", "words", "--max-tokens", "3", "--json")
+    assert not list(untied.parent.glob("*.partial"))
+    answer = taper("run", untied, "the cat", "--policy", "words", "--max-tokens", "3", "--json")
     assert json.loads(answer.out)["policy"] == policy
-    assert "loss_upper" in taper("inspect", file).out
+    assert "loss_upper" in taper("inspect", untied).out
 
 
-def test_second_task_keeps_the_first(taper, file, text):
+def test_second_task_keeps_the_first(taper, untied, documents):
     for name in ("one", "two"):
-        assert taper("tune", file, "--task", f"{name}={text}", *SMALL).status == 0
-    found = TaperFile.open(file)
+        assert taper("tune", untied, "--task", f"{name}={documents}", *SMALL).status == 0
+    found = TaperFile.open(untied)
     assert set(found.policies) == set(found.provenance["tuned"]) == {"one", "two"}
 
 
-def test_dry_run_leaves_the_file_and_json_is_one_object(taper, file, text):
-    raw = file.read_bytes()
-    outcome = taper("tune", file, "--task", f"mine={text}", *SMALL, "--dry-run", "--json")
+def test_dry_run_leaves_the_file_and_json_is_one_object(taper, untied, documents):
+    raw = untied.read_bytes()
+    outcome = taper("tune", untied, "--task", f"mine={documents}", *SMALL, "--dry-run", "--json")
     record = json.loads(outcome.out)
     assert record["task"] == "mine"
     assert record["winner"]["upper"] < record["max_loss"] == 0.2
     assert {row["role"] for row in record["controls"]} >= {"uniform 8", "uniform 4", "flat mix"}
-    assert file.read_bytes() == raw
+    assert untied.read_bytes() == raw
 
 
-def test_no_winner_is_said_and_nothing_stored(taper, file, text):
-    outcome = taper("tune", file, "--task", text, *SMALL, "--max-loss", "0.0000001%")
+def test_no_winner_is_said_and_nothing_stored(taper, untied, documents):
+    outcome = taper("tune", untied, "--task", documents, *SMALL, "--max-loss", "0.0000001%")
     assert outcome.status == 0
     assert "no schedule holds the limit" in outcome.out
-    assert TaperFile.open(file).policies == {}
+    assert TaperFile.open(untied).policies == {}
 
 
 @pytest.mark.parametrize(
@@ -83,13 +66,13 @@ def test_no_winner_is_said_and_nothing_stored(taper, file, text):
         ("a={text}.none", "is not a file"),
     ],
 )
-def test_bad_tasks_are_refused(taper, file, text, task, reason):
-    outcome = taper("tune", file, "--task", task.format(text=text), *SMALL)
+def test_bad_tasks_are_refused(taper, untied, documents, task, reason):
+    outcome = taper("tune", untied, "--task", task.format(text=documents), *SMALL)
     assert outcome.status == 2
     assert reason in outcome.err
 
 
-def test_cut_file_is_refused_before_the_search(taper, cut_model, text):
-    outcome = taper("tune", cut_model, "--task", text, *SMALL)
+def test_cut_file_is_refused_before_the_search(taper, cut_model, documents):
+    outcome = taper("tune", cut_model, "--task", documents, *SMALL)
     assert outcome.status == 5
     assert "is cut off" in outcome.err

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 
 from taper.formats.container import TaperFile
@@ -16,54 +15,39 @@ SMALL = [
 ]
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    random = np.random.default_rng(5)
-    words = ["the", "cat", "hat", "in", "on", "and", "man", "ring", "stone", "is", "was", "old"]
-    path = tmp_path_factory.mktemp("text") / "words.txt"
-    documents = [" ".join(random.choice(words, 40)) for _ in range(40)]
-    path.write_text("\n<|endoftext|>\n".join(documents))
-    return path
-
-
-@pytest.fixture
-def file(tmp_path):
-    return tiny_taper(tmp_path / "tiny.taper", tie_word_embeddings=False)
-
-
-def test_scheduler_is_stored_and_runs_by_its_name(taper, file, text):
-    before = TaperFile.open(file)
-    outcome = taper("tune", file, "--text", text, *SMALL)
+def test_scheduler_is_stored_and_runs_by_its_name(taper, untied, documents):
+    before = TaperFile.open(untied)
+    outcome = taper("tune", untied, "--text", documents, *SMALL)
     assert outcome.status == 0, outcome.err
     assert "8 to 4" in outcome.out
     assert "4 to 2" in outcome.out
-    after = TaperFile.open(file, verify=True)
+    after = TaperFile.open(untied, verify=True)
     learned = after.learned
     assert (learned.widths, learned.prefill_bits, learned.num_segments) == ((8, 4, 2), 8, 3)
-    assert learned.record["text"] == "words.txt"
+    assert learned.record["text"] == "words.part.txt"
     assert [sum(pair["label_counts"]) for pair in learned.record["pairs"]] == [20, 20]
     assert after.tensor("embed.plane0").tobytes() == before.tensor("embed.plane0").tobytes()
-    assert "label_counts" in taper("inspect", file).out
+    assert "label_counts" in taper("inspect", untied).out
     answer = json.loads(
-        taper("run", file, "the cat", "--policy", "learned", "--max-tokens", "8", "--json").out
+        taper("run", untied, "the cat", "--policy", "learned", "--max-tokens", "8", "--json").out
     )
     bits = [token["bits"] for token in answer["tokens"]]
     assert answer["policy"] == "learned"
     assert bits == sorted(bits, reverse=True)
 
 
-def test_dry_run_leaves_the_file_and_json_is_one_object(taper, file, text):
-    before = file.read_bytes()
-    outcome = taper("tune", file, "--text", text, *SMALL, "--dry-run", "--json")
+def test_dry_run_leaves_the_file_and_json_is_one_object(taper, untied, documents):
+    before = untied.read_bytes()
+    outcome = taper("tune", untied, "--text", documents, *SMALL, "--dry-run", "--json")
     assert json.loads(outcome.out)["widths"] == [8, 4, 2]
-    assert file.read_bytes() == before
+    assert untied.read_bytes() == before
 
 
-def test_same_seed_gives_the_same_file(taper, file, text, tmp_path):
+def test_same_seed_gives_the_same_file(taper, untied, documents, tmp_path):
     other = tiny_taper(tmp_path / "other.taper", tie_word_embeddings=False)
-    for path in (file, other):
-        assert taper("tune", path, "--text", text, *SMALL).status == 0
-    assert file.read_bytes() == other.read_bytes()
+    for path in (untied, other):
+        assert taper("tune", path, "--text", documents, *SMALL).status == 0
+    assert untied.read_bytes() == other.read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -77,9 +61,9 @@ def test_same_seed_gives_the_same_file(taper, file, text, tmp_path):
         ([], "--task says what to tune for"),
     ],
 )
-def test_wrong_options_change_nothing(taper, file, text, options, reason):
-    before = file.read_bytes()
-    outcome = taper("tune", file, *[str(text) if option == "TEXT" else option for option in options])
+def test_wrong_options_change_nothing(taper, untied, documents, options, reason):
+    before = untied.read_bytes()
+    outcome = taper("tune", untied, *[str(documents) if option == "TEXT" else option for option in options])
     assert outcome.status == 2
     assert reason in outcome.err
-    assert file.read_bytes() == before
+    assert untied.read_bytes() == before

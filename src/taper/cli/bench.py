@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from taper import __version__
-from taper.cli.options import WidthList, json_option, model_path, set_threads, threads_option
+from taper.cli.options import CountList, WidthList, json_option, model_path, set_threads, threads_option
 from taper.cli.terminal import file_size, note, table
 from taper.errors import DoesNotFitError, UsageError
 
@@ -26,27 +25,6 @@ if TYPE_CHECKING:
 _SEED = 0
 # One verification takes about as long as one token: so many make a repetition that a clock can tell.
 _VERIFY_PASSES = 16
-
-
-class CountList(click.ParamType[tuple[int, ...]]):
-    """Comma-separated whole numbers, as in 0,1024."""
-
-    name = "N,N,..."
-
-    def __init__(self, least: int) -> None:
-        self._least = least
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, ...]:
-        """A tuple without repetition, in the order given."""
-        if isinstance(value, tuple):
-            return value
-        words = [word.strip() for word in str(value).split(",")]
-        numbers = [int(word) for word in words if re.fullmatch(r"[0-9]{1,9}", word, re.ASCII)]
-        if len(numbers) < len(words) or min(numbers) < self._least:
-            self.fail(f"{value!r} is not a list of whole numbers from {self._least} on", param, ctx)
-        return tuple(dict.fromkeys(numbers))
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,27 @@ import click
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+class CountList(click.ParamType[tuple[int, ...]]):
+    """Comma-separated whole numbers, as in 0,1024."""
+
+    name = "N,N,..."
+
+    def __init__(self, least: int) -> None:
+        self._least = least
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        """A tuple without repetition, in the order given."""
+        if isinstance(value, tuple):
+            return value
+        words = [word.strip() for word in str(value).split(",")]
+        numbers = [int(word) for word in words if re.fullmatch(r"[0-9]{1,9}", word, re.ASCII)]
+        if len(numbers) < len(words) or min(numbers) < self._least:
+            self.fail(f"{value!r} is not a list of whole numbers from {self._least} on", param, ctx)
+        return tuple(dict.fromkeys(numbers))
+
+
 class WidthList(click.ParamType[tuple[float, ...]]):
     """Comma-separated widths, as in 4,3.3,2."""
 

@@ -1,7 +1,8 @@
 """From float checkpoints to nested planes: calibration, codebook, solver, pipeline."""
 
 from taper.quantize.codebook import NestedCodebook, gaussian_codebook
-from taper.quantize.pipeline import QuantizeOptions, QuantizeReport, StoppedError, quantize
+from taper.quantize.options import QuantizeOptions
+from taper.quantize.pipeline import QuantizeReport, StoppedError, quantize
 from taper.quantize.progress import Progress
 from taper.quantize.shrink import Allocation, Budget, Shrinker
 from taper.quantize.solver import Solution, SolverOptions, solve

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,46 +12,17 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from taper.errors import UsageError
 from taper.formats.outliers import OUTLIER_PARTS, OutlierRows
+from taper.formats.work_folder import WorkFolder, unreadable, write_atomically, write_text
 
 U8 = NDArray[np.uint8]
 
-_FINGERPRINT_FILE = "fingerprint.json"
 _SENSITIVITY_FILE = "sensitivity.json"
 _TOKENS_FILE = "calibration-tokens.safetensors"
 
 
-class ShardFolder:
-    """`OUT.partial/`: one safetensors file for each finished matrix, each written atomically.
-
-    Args:
-        path: the folder; made if it is not there.
-        fingerprint: everything that the codes depend on; shards of another fingerprint are never mixed in.
-
-    Raises:
-        UsageError: the folder holds the work of another fingerprint, or cannot be made.
-    """
-
-    def __init__(self, path: Path, fingerprint: dict[str, Any]) -> None:
-        self.path = path
-        try:
-            path.mkdir(exist_ok=True)
-        except OSError as error:
-            raise UsageError(
-                f"cannot make {path}: {error.strerror}", hint="choose another output folder"
-            ) from error
-        recorded = path / _FINGERPRINT_FILE
-        text = json.dumps(fingerprint, sort_keys=True, indent=1)
-        if recorded.is_file():
-            found = recorded.read_text(encoding="utf-8")
-            if found != text:
-                raise UsageError(
-                    f"{path} holds unfinished work of {_difference(found, fingerprint)}",
-                    hint=f"remove the folder to begin anew: rm -r {path}",
-                )
-        else:
-            _write_atomically(recorded, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+class ShardFolder(WorkFolder):
+    """`OUT.partial/`: one safetensors file for each finished matrix."""
 
     def holds(self, name: str) -> bool:
         """Whether the matrix is finished."""
@@ -72,7 +41,7 @@ class ShardFolder:
         """
         arrays: dict[str, NDArray[Any]] = {f"plane{index}": plane for index, plane in enumerate(planes)}
         arrays |= {"scales": scales, "errors": np.array(errors)} | dict(extras or {})
-        _write_atomically(self._file(name), lambda temporary: save_file(arrays, temporary))
+        write_atomically(self._file(name), lambda temporary: save_file(arrays, temporary))
 
     def planes(self, name: str, num_planes: int) -> Sequence[U8]:
         """The planes of a finished matrix, each read when it is asked for."""
@@ -102,9 +71,7 @@ class ShardFolder:
 
     def save_tokens(self, tokens: NDArray[np.int32]) -> None:
         """Keep calibration tokens that the model wrote: int32 (sequences, tokens)."""
-        _write_atomically(
-            self.path / _TOKENS_FILE, lambda temporary: save_file({"tokens": tokens}, temporary)
-        )
+        write_atomically(self.path / _TOKENS_FILE, lambda temporary: save_file({"tokens": tokens}, temporary))
 
     def tokens(self) -> NDArray[np.int32]:
         """The tokens of `save_tokens`."""
@@ -113,9 +80,7 @@ class ShardFolder:
     def save_sensitivity(self, rows: Mapping[str, Mapping[int, float]]) -> None:
         """Keep figures of the sensitivity: matrix name to width to KL."""
         text = json.dumps({name: {str(bits): kl for bits, kl in row.items()} for name, row in rows.items()})
-        _write_atomically(
-            self.path / _SENSITIVITY_FILE, lambda temporary: temporary.write_text(text, encoding="utf-8")
-        )
+        write_text(self.path / _SENSITIVITY_FILE, text)
 
     def sensitivity(self) -> dict[str, dict[int, float]]:
         """The figures of `save_sensitivity`; none where nothing was kept."""
@@ -124,10 +89,6 @@ class ShardFolder:
             return {}
         raw = json.loads(path.read_text(encoding="utf-8"))
         return {name: {int(bits): float(kl) for bits, kl in row.items()} for name, row in raw.items()}
-
-    def remove(self) -> None:
-        """Delete the folder and all that is in it."""
-        shutil.rmtree(self.path)
 
     def _file(self, name: str) -> Path:
         return self.path / f"{name}.safetensors"
@@ -150,7 +111,7 @@ def _names(path: Path) -> set[str]:
         with safe_open(path, framework="np") as file:
             return set(file.keys())
     except (SafetensorError, OSError) as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
 def _read(path: Path, name: str) -> NDArray[Any]:
@@ -159,28 +120,4 @@ def _read(path: Path, name: str) -> NDArray[Any]:
             array: NDArray[Any] = file.get_tensor(name)
             return array
     except (SafetensorError, OSError) as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: Exception) -> UsageError:
-    return UsageError(f"{path} cannot be read: {error}", hint=f"remove it and run again: rm {path}")
-
-
-def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write under a temporary name, sync, rename: the name appears with all its bytes or not at all."""
-    temporary = path.with_name(f".{path.name}.partial")
-    write(temporary)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def _difference(found: str, fingerprint: dict[str, Any]) -> str:
-    """Names what differs, for the user."""
-    try:
-        old = json.loads(found)
-    except ValueError:
-        return "an unknown run"
-    known = old if isinstance(old, dict) else {}
-    names = [name for name in sorted(fingerprint) if known.get(name) != fingerprint[name]]
-    return "another " + ", ".join(names) if names else "an unknown run"
+        raise unreadable(path, error) from error
