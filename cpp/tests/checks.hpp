@@ -6,10 +6,13 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <initializer_list>
+#include <limits>
 #include <random>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "runtime/dispatch.hpp"
@@ -31,6 +34,21 @@ std::vector<T> bytes(int64_t n) {
   std::vector<T> out(n);
   for (T& x : out) x = static_cast<T>(random_bits());
   return out;
+}
+
+inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
+inline constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+
+inline std::string describe(const char* operation, std::initializer_list<std::pair<const char*, int64_t>> shape) {
+  std::string out = operation;
+  for (const auto& [name, size] : shape) out += std::string(", ") + name + " " + std::to_string(size);
+  return out;
+}
+
+// Every one of the values at places that differ with `seed`.
+inline std::vector<float> sprinkle(std::vector<float> x, const std::vector<float>& values, size_t seed) {
+  for (size_t i = 0; i < values.size(); ++i) x[(seed + 7 * i) % x.size()] = values[i];
+  return x;
 }
 
 // The bits of a result. All NaNs are one: which of two operands' NaNs an operation returns is not defined. uint16_t are
@@ -93,5 +111,7 @@ void compare(const std::string& what, const Operation& operation) {
 
 // Every operation of every instruction set of this machine over many shapes.
 void check_kernels();
+// Those of a KV cache of planes.
+void check_kv_planes();
 
 }  // namespace taper::checks

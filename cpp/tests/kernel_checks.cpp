@@ -1,27 +1,11 @@
 // Every operation over many shapes, each instruction set against the reference.
 #include <algorithm>
-#include <limits>
 
 #include "apis/planes.hpp"
 #include "checks.hpp"
 
 namespace taper::checks {
 namespace {
-
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
-
-std::string describe(const char* operation, std::initializer_list<std::pair<const char*, int64_t>> shape) {
-  std::string out = operation;
-  for (const auto& [name, size] : shape) out += std::string(", ") + name + " " + std::to_string(size);
-  return out;
-}
-
-// Every one of the values at places that differ with `seed`.
-std::vector<float> sprinkle(std::vector<float> x, const std::vector<float>& values, size_t seed) {
-  for (size_t i = 0; i < values.size(); ++i) x[(seed + 7 * i) % x.size()] = values[i];
-  return x;
-}
 
 void check_quantize(const std::vector<float>& x, int magnitude_bits, const char* kind) {
   const int64_t n = static_cast<int64_t>(x.size()), cols = padded_cols(n);
@@ -342,6 +326,7 @@ void check_kernels() {
       for (const float value : {0.5f, kInfinity, -kInfinity, kNan}) check_merge(heads, dim, {value});
     }
   }
+  check_kv_planes();
 }
 
 }  // namespace taper::checks

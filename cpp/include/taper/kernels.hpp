@@ -90,6 +90,66 @@ struct AttentionState {
   float* acc;  // (heads, head_dim)
 };
 
+// A cache as bit planes in the Anda format (docs/numerics.md, "KV cache as planes"): each entry of a KV head in groups
+// that share a 5-bit exponent, sign and magnitude bits apart.
+//
+// Entries of a block, whose bits lie side by side.
+constexpr int64_t kBlockEntries = 64;
+constexpr int64_t kChunkBlocks = kAttentionChunk / kBlockEntries;
+constexpr int kMaxPlanesBits = 7;        // with the sign an int8
+constexpr int64_t kPlanesDimUnit = 16;   // head_dim is a multiple of this
+constexpr int64_t kMaxPlanesDim = 256;   // and at most this
+constexpr int64_t kMaxPlanesGroup = 64;  // elements that share an exponent, at most
+constexpr int kExponentBits = 5;
+constexpr int kNotFiniteExponent = 31;  // of a group that holds an infinity, NaN or more than float16 does
+
+// Bytes of one plane of one KV head in a block, and of one group's exponents.
+constexpr int64_t plane_bytes(int64_t head_dim) { return kBlockEntries / 8 * head_dim; }
+constexpr int64_t kExponentBytes = kExponentBits * kBlockEntries / 8;
+// Elements that share an exponent: the largest power of two that divides head_dim, at most kMaxPlanesGroup.
+constexpr int64_t planes_group(int64_t head_dim) {
+  const int64_t power = head_dim & -head_dim;
+  return power < kMaxPlanesGroup ? power : kMaxPlanesGroup;
+}
+
+// Stored magnitude bits of keys and of values. The sign and the first `upper` magnitude planes lie in a block's upper
+// part, the rest in its lower part, which is given up when nothing reads it any more.
+struct PlanesFormat {
+  int64_t kv_heads;
+  int64_t head_dim;
+  int key_bits, key_upper;  // 1 <= upper <= bits <= kMaxPlanesBits
+  int value_bits, value_upper;
+};
+
+// One layer of one block; heads follow one another in each part. The lower parts may be null where upper == bits.
+struct PlanesBlock {
+  uint8_t* keys;             // (kv_heads, 1 + key_upper, plane_bytes): signs, then magnitudes, most significant first
+  uint8_t* low_keys;         // (kv_heads, key_bits - key_upper, plane_bytes)
+  uint8_t* values;           // (kv_heads, 1 + value_upper, plane_bytes)
+  uint8_t* low_values;       // (kv_heads, value_bits - value_upper, plane_bytes)
+  uint8_t* key_exponents;    // (kv_heads, groups, kExponentBytes): five words of 64 bits, most significant bit first
+  uint8_t* value_exponents;  // likewise
+};
+
+// Keys or values of one KV head in one block, and how many of their magnitude bits are read.
+struct PlanesPart {
+  const uint8_t* upper;
+  const uint8_t* lower;  // null where bits <= upper planes
+  const uint8_t* exponents;
+  int bits;
+};
+
+// Query heads of one token that share a KV head, over one chunk of its entries.
+struct PlanesAttentionArgs {
+  const float* q;  // (heads, head_dim), after RoPE and rotation
+  int64_t heads;   // 1..kAttentionHeads
+  PlanesFormat format;
+  PlanesPart keys[kChunkBlocks];  // as many as num_entries needs
+  PlanesPart values[kChunkBlocks];
+  int64_t num_entries;  // that the token sees, 1..kAttentionChunk
+  float scale;
+};
+
 struct Kernels {
   const char* name;
 
@@ -117,6 +177,13 @@ struct Kernels {
   void (*attention_merge)(int64_t heads, int64_t head_dim, const AttentionState& chunk, const AttentionState& into);
   // out (heads, head_dim) = acc / sum.
   void (*attention_finish)(int64_t heads, int64_t head_dim, const AttentionState& state, float* out);
+
+  // The same over planes. The store rotates query heads, too, and overwrites the entry's bits, whatever they were.
+  // Entries of a block share bytes: those of one sequence within sixteen from a multiple of sixteen on must be stored
+  // by one thread.
+  void (*planes_store)(float* qkv, int64_t heads, const PlanesFormat& format, const PlanesBlock& block, int64_t entry,
+                       const float* cos, const float* sin);
+  void (*planes_attention)(const PlanesAttentionArgs&, const AttentionState& out);
 };
 
 // Tables by instruction set; null where this build does not contain it.

@@ -1,8 +1,11 @@
 // The float operations of the avx2 table.
 #include "kernels/avx2/avx2.hpp"
+#include "kernels/avx2/ints.hpp"
 #include "kernels/avx2/vec16.hpp"
 #include "kernels/common/attention.hpp"
 #include "kernels/common/lanes.hpp"
+#include "kernels/common/planes_attention.hpp"
+#include "kernels/common/planes_store.hpp"
 
 namespace taper::avx2 {
 
@@ -30,6 +33,15 @@ void attention_merge(int64_t heads, int64_t head_dim, const AttentionState& chun
 
 void attention_finish(int64_t heads, int64_t head_dim, const AttentionState& state, float* out) {
   lanes::attention_finish<Vec16>(heads, head_dim, state, out);
+}
+
+void planes_store(float* qkv, int64_t heads, const PlanesFormat& format, const PlanesBlock& block, int64_t entry,
+                  const float* cos, const float* sin) {
+  lanes::planes_store<Vec16>(qkv, heads, format, block, entry, cos, sin);
+}
+
+void planes_attention(const PlanesAttentionArgs& args, const AttentionState& out) {
+  lanes::planes_attention<Vec16, Ints>(args, out);
 }
 
 }  // namespace taper::avx2

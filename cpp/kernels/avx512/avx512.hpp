@@ -18,5 +18,8 @@ void rope_store(float* qkv, int64_t heads, const KvView& kv, int64_t position, c
 void attention(const AttentionArgs& args, const AttentionState& out);
 void attention_merge(int64_t heads, int64_t head_dim, const AttentionState& chunk, const AttentionState& into);
 void attention_finish(int64_t heads, int64_t head_dim, const AttentionState& state, float* out);
+void planes_store(float* qkv, int64_t heads, const PlanesFormat& format, const PlanesBlock& block, int64_t entry,
+                  const float* cos, const float* sin);
+void planes_attention(const PlanesAttentionArgs& args, const AttentionState& out);
 
 }  // namespace taper::avx512

@@ -8,9 +8,22 @@ static constexpr int64_t kGemmInputs = 17;
 
 const Kernels* avx512_kernels() {
   static constexpr Kernels table = {
-      "avx512",           kGemmInputs,       avx512::planes_gemv,     avx512::planes_gemm,      avx512::planes_unpack,
-      avx512::rms_norm,   avx512::rotate,    avx512::quantize,        avx512::swiglu,           avx512::exp,
-      avx512::rope_store, avx512::attention, avx512::attention_merge, avx512::attention_finish,
+      "avx512",
+      kGemmInputs,
+      avx512::planes_gemv,
+      avx512::planes_gemm,
+      avx512::planes_unpack,
+      avx512::rms_norm,
+      avx512::rotate,
+      avx512::quantize,
+      avx512::swiglu,
+      avx512::exp,
+      avx512::rope_store,
+      avx512::attention,
+      avx512::attention_merge,
+      avx512::attention_finish,
+      avx512::planes_store,
+      avx512::planes_attention,
   };
   return &table;
 }

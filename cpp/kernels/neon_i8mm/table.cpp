@@ -7,9 +7,14 @@ static constexpr int64_t kGemmInputs = 5;  // as AVX2, whose registers and tiles
 
 const Kernels* neon_i8mm_kernels() {
   static constexpr Kernels table = {
-      "neon_i8mm",      kGemmInputs,     neon::planes_gemv,     neon_i8mm::planes_gemm, neon::planes_unpack,
-      neon::rms_norm,   neon::rotate,    neon::quantize,        neon::swiglu,           neon::exp,
-      neon::rope_store, neon::attention, neon::attention_merge, neon::attention_finish,
+      "neon_i8mm",           kGemmInputs,
+      neon::planes_gemv,     neon_i8mm::planes_gemm,
+      neon::planes_unpack,   neon::rms_norm,
+      neon::rotate,          neon::quantize,
+      neon::swiglu,          neon::exp,
+      neon::rope_store,      neon::attention,
+      neon::attention_merge, neon::attention_finish,
+      neon::planes_store,    neon::planes_attention,
   };
   return &table;
 }

@@ -28,14 +28,6 @@ int64_t key_offset(int64_t head_dim, int64_t t, int64_t i) {
 
 int64_t value_offset(int64_t head_dim, int64_t t, int64_t i) { return t * head_dim + i; }
 
-void rope(float* head, int64_t half, const float* cos, const float* sin) {
-  for (int64_t i = 0; i < half; ++i) {
-    const float x0 = head[i], x1 = head[i + half];
-    head[i] = std::fma(-x1, sin[i], x0 * cos[i]);
-    head[i + half] = std::fma(x0, sin[i], x1 * cos[i]);
-  }
-}
-
 // One head over one chunk.
 void attend(const float* q, const AttentionArgs& args, float* max, float* sum, float* acc) {
   const int64_t dim = args.head_dim;
@@ -60,6 +52,14 @@ void attend(const float* q, const AttentionArgs& args, float* max, float* sum, f
 }
 
 }  // namespace
+
+void rope(float* head, int64_t half, const float* cos, const float* sin) {
+  for (int64_t i = 0; i < half; ++i) {
+    const float x0 = head[i], x1 = head[i + half];
+    head[i] = std::fma(-x1, sin[i], x0 * cos[i]);
+    head[i + half] = std::fma(x0, sin[i], x1 * cos[i]);
+  }
+}
 
 void rope_store(float* qkv, int64_t heads, const KvView& kv, int64_t position, const float* cos, const float* sin) {
   const int64_t dim = kv.head_dim;

@@ -18,6 +18,8 @@ const Kernels* reference_kernels() {
       reference::attention,
       reference::attention_merge,
       reference::attention_finish,
+      reference::planes_store,
+      reference::planes_attention,
   };
   return &table;
 }

@@ -1,0 +1,85 @@
+// Sixteen int32 sums and 64 bytes; kernels/common/planes_attention.hpp is written over this.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "kernels/common/unroll.hpp"
+
+namespace taper::avx512 {
+
+struct Ints {
+  using Bytes = __m512i;
+  using Sums = __m512i;
+  static constexpr int kSums = 16;  // registers of sums
+
+  static Sums zero() { return _mm512_setzero_si512(); }
+  // Keys go in as k + 128: vpdpbusd multiplies unsigned with signed bytes.
+  static Sums start(int32_t sum_of_q) { return _mm512_set1_epi32(-128 * sum_of_q); }
+  static Bytes load_keys(const int8_t* p) { return _mm512_xor_si512(_mm512_load_si512(p), _mm512_set1_epi8(-128)); }
+  static Bytes load_values(const int8_t* p) { return _mm512_load_si512(p); }
+  static Sums key_dot(Sums sums, Bytes keys, int32_t four) {
+    return _mm512_dpbusd_epi32(sums, keys, _mm512_set1_epi32(four));
+  }
+  static Sums value_dot(Sums sums, Bytes values, int32_t four) {
+    return _mm512_dpbusd_epi32(sums, _mm512_set1_epi32(four), values);
+  }
+  static Sums shifted(Sums high, Sums low) { return _mm512_add_epi32(_mm512_slli_epi32(high, 7), low); }
+  static __m512 to_float(Sums sums) { return _mm512_cvtepi32_ps(sums); }
+
+  static void split(__m512 x, uint8_t* high, uint8_t* low) {
+    const __m512i v = _mm512_cvtps_epi32(x);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(high), _mm512_cvtepi32_epi8(_mm512_srli_epi32(v, 7)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(low),
+                     _mm512_cvtepi32_epi8(_mm512_and_si512(v, _mm512_set1_epi32(127))));
+  }
+
+  static void exponents(const uint8_t* words, uint8_t* out) {
+    __m512i e = _mm512_setzero_si512();
+    unroll<5>([&](auto j) TAPER_INLINE {
+      uint64_t word;
+      std::memcpy(&word, words + 8 * j, sizeof word);
+      e = _mm512_mask_add_epi8(e, _cvtu64_mask64(word), e, _mm512_set1_epi8(16 >> j));
+    });
+    _mm512_store_si512(out, e);
+  }
+
+  // Planes interleaved byte by byte give eight bytes, one a plane, for each eight values; gf2p8affineqb with such a
+  // matrix and the unit vectors is its transpose, and its constant sets the half.
+  template <int kPlanes, bool kHalf>
+  static void unpack(const uint8_t* const* planes, int64_t at, int8_t* out) {
+    __m512i p[8];
+    unroll<8>([&](auto i) TAPER_INLINE { p[i] = _mm512_setzero_si512(); });
+    p[0] = _mm512_loadu_si512(planes[0] + at);
+    constexpr int kFirst = 8 - kPlanes - (kHalf ? 1 : 0);
+    unroll<kPlanes>([&](auto j) TAPER_INLINE { p[kFirst + j] = _mm512_loadu_si512(planes[1 + j] + at); });
+    __m512i pairs[8], quads[8];
+    unroll<4>([&](auto i) TAPER_INLINE {
+      pairs[2 * i] = _mm512_unpacklo_epi8(p[2 * i], p[2 * i + 1]);
+      pairs[2 * i + 1] = _mm512_unpackhi_epi8(p[2 * i], p[2 * i + 1]);
+    });
+    // quads[4 i + k]: planes 4 i .. 4 i + 3, positions 4 k .. 4 k + 3 of each sixteen
+    unroll<4>([&](auto n) TAPER_INLINE {
+      constexpr int i = n / 2, k = n % 2;
+      quads[4 * i + 2 * k] = _mm512_unpacklo_epi16(pairs[4 * i + k], pairs[4 * i + 2 + k]);
+      quads[4 * i + 2 * k + 1] = _mm512_unpackhi_epi16(pairs[4 * i + k], pairs[4 * i + 2 + k]);
+    });
+    unroll<4>([&](auto k) TAPER_INLINE {
+      store<kHalf>(_mm512_unpacklo_epi32(quads[k], quads[4 + k]), out + 128 * k);
+      store<kHalf>(_mm512_unpackhi_epi32(quads[k], quads[4 + k]), out + 128 * k + 64);
+    });
+  }
+
+ private:
+  template <bool kHalf>
+  static void store(__m512i matrices, int8_t* out) {
+    const __m512i units = _mm512_set1_epi64(static_cast<int64_t>(0x8040201008040201u));
+    const __m512i v = _mm512_gf2p8affine_epi64_epi8(units, matrices, kHalf ? 1 : 0);
+    const __m512i magnitude = _mm512_and_si512(v, _mm512_set1_epi8(127));
+    _mm512_store_si512(out, _mm512_mask_sub_epi8(magnitude, _mm512_movepi8_mask(v), _mm512_setzero_si512(), magnitude));
+  }
+};
+
+}  // namespace taper::avx512
