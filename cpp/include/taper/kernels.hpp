@@ -148,6 +148,7 @@ struct PlanesAttentionArgs {
   PlanesPart values[kChunkBlocks];
   int64_t num_entries;  // that the token sees, 1..kAttentionChunk
   float scale;
+  PlanesPart next_keys[kChunkBlocks] = {};  // of the chunk that will be asked for next, where upper is not null
 };
 
 struct Kernels {

@@ -35,22 +35,18 @@ struct Ints {
     const __m256i p = _mm256_set1_epi32(four);
     return {add_products(sums.lo, p, values.lo), add_products(sums.hi, p, values.hi)};
   }
-  static Sums shifted(Sums high, Sums low) {
-    return {_mm256_add_epi32(_mm256_slli_epi32(high.lo, 7), low.lo),
-            _mm256_add_epi32(_mm256_slli_epi32(high.hi, 7), low.hi)};
-  }
   static Vec16::F to_float(Sums sums) { return {_mm256_cvtepi32_ps(sums.lo), _mm256_cvtepi32_ps(sums.hi)}; }
 
-  static void split(Vec16::F x, uint8_t* high, uint8_t* low) {
+  static int32_t to_bytes(Vec16::F x, int8_t* q) {
     alignas(32) int32_t v[16];
-    _mm256_store_si256(reinterpret_cast<__m256i*>(v), _mm256_cvtps_epi32(x.lo));
-    _mm256_store_si256(reinterpret_cast<__m256i*>(v + 8), _mm256_cvtps_epi32(x.hi));
+    round(x, v);
+    int32_t sum = 0;
     for (int l = 0; l < 16; ++l) {
-      high[l] = static_cast<uint8_t>(v[l] >> 7);
-      low[l] = static_cast<uint8_t>(v[l] & 127);
+      q[l] = static_cast<int8_t>(v[l]);
+      sum += v[l];
     }
+    return sum;
   }
-
   static void exponents(const uint8_t* words, uint8_t* out) { unpack_exponents(words, out); }
 
   template <int kPlanes, bool kHalf>
@@ -59,6 +55,11 @@ struct Ints {
   }
 
  private:
+  static void round(Vec16::F x, int32_t* v) {
+    _mm256_store_si256(reinterpret_cast<__m256i*>(v), _mm256_cvtps_epi32(x.lo));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(v + 8), _mm256_cvtps_epi32(x.hi));
+  }
+
   // Four products are at most 2 * 127 * 127 a pair, which int16 holds.
   static __m256i add_products(__m256i sums, __m256i not_negative, __m256i any) {
     const __m256i pairs = _mm256_maddubs_epi16(not_negative, any);

@@ -26,16 +26,13 @@ struct Ints {
   static Sums value_dot(Sums sums, Bytes values, int32_t four) {
     return _mm512_dpbusd_epi32(sums, _mm512_set1_epi32(four), values);
   }
-  static Sums shifted(Sums high, Sums low) { return _mm512_add_epi32(_mm512_slli_epi32(high, 7), low); }
   static __m512 to_float(Sums sums) { return _mm512_cvtepi32_ps(sums); }
 
-  static void split(__m512 x, uint8_t* high, uint8_t* low) {
+  static int32_t to_bytes(__m512 x, int8_t* q) {
     const __m512i v = _mm512_cvtps_epi32(x);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(high), _mm512_cvtepi32_epi8(_mm512_srli_epi32(v, 7)));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(low),
-                     _mm512_cvtepi32_epi8(_mm512_and_si512(v, _mm512_set1_epi32(127))));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(q), _mm512_cvtepi32_epi8(v));
+    return _mm512_reduce_add_epi32(v);
   }
-
   static void exponents(const uint8_t* words, uint8_t* out) {
     __m512i e = _mm512_setzero_si512();
     unroll<5>([&](auto j) TAPER_INLINE {

@@ -86,10 +86,7 @@ inline void softmax(float* scores, int64_t n, float* max_score, float* sum) {
   for (int64_t t = n; t % kLanes != 0; ++t) scores[t] = lowest;
   auto most = V::set(lowest);
   for (int64_t t = 0; t < n; t += kLanes) most = V::max(V::load(scores + t), most);  // a NaN score is passed over
-  float lanes[kLanes];
-  V::store(lanes, most);
-  float max = lowest;
-  for (const float lane : lanes) max = lane > max ? lane : max;
+  const float max = V::largest(most);
   auto sums = V::zero();
   for_each_group<V>(
       n,

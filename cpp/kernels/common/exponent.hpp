@@ -14,12 +14,23 @@ namespace {
 
 constexpr int kLeastExponent = -100;
 
+// 2^e, for e within -126..127.
+inline float power_of_two(int e) {
+  const uint32_t bits = static_cast<uint32_t>(e + 127) << 23;
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
 // Least e >= kLeastExponent with rint(a * 2^-e) <= 2^bits - 1, for finite a > 0. With a = m * 2^k, 1/2 <= m < 1, the
-// choice e = k - bits gives a value below 2^bits, which rounding can still lift to 2^bits.
+// choice e = k - bits gives a value below 2^bits, which rounding can still lift to 2^bits: from 2^bits - 1/2 on, a tie
+// that is even. What is subnormal is below the least
+// exponent.
 inline int choose_exponent(float a, int magnitude_bits) {
-  int k;
-  const float m = std::frexp(a, &k);
-  const bool rounds_up = std::rint(std::ldexp(m, magnitude_bits)) >= std::ldexp(1.0f, magnitude_bits);
+  uint32_t bits;
+  std::memcpy(&bits, &a, sizeof bits);
+  const int k = static_cast<int>(bits >> 23) - 126;
+  const bool rounds_up = (bits & 0x7fffffu) >= 0x800000u - (0x800000u >> magnitude_bits);
   return std::max(kLeastExponent, k - magnitude_bits + (rounds_up ? 1 : 0));
 }
 

@@ -8,15 +8,13 @@
 //   I::Bytes, I::Sums                        64 bytes, 16 int32
 //   I::start(sum_of_q), I::key_dot(sums, bytes, four), I::value_dot(sums, bytes, four)
 //                                            add for each of 16 lanes the products of its four bytes with four given
-//                                            ones, each within -127..127 for keys and 0..127 for values
-//   I::shifted(high, low)                    high * 128 + low
-//   I::split(x, high, low)                   16 floats of 0..2^14 - 1, rounded, in two parts of seven bits
+//                                            ones, each within -127..127, those given with values within 0..127
+//   I::to_bytes(x, q)                        16 floats rounded to int8, NaN to zero; their sum
 //
 // Vector operations an entry of head_dim 64 and eight heads, AVX-512: 8 dot products for the key, 16 for the value, 2 x
 // 5 to unpack them, 10 for the softmax; over float16 64 multiply-adds, 8 conversions and the same softmax.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -31,20 +29,18 @@
 namespace taper::lanes {
 
 constexpr int kQueryBits = 7;
-constexpr int kWeightBits = 14;  // in two parts of seven bits, which every set multiplies exactly
-constexpr int kPartBits = 7;
+constexpr int kWeightBits = 7;
 constexpr int64_t kMaxGroups = kMaxPlanesDim / 16;
 
-// Everything that is unpacked or made on the way, in the scratch of the thread.
+// Everything that is unpacked or made on the way, in the scratch of the thread; keys, values and units of one block.
 struct PlanesScratch {
   alignas(64) float scores[kAttentionHeads * kAttentionChunk];
-  alignas(64) int8_t keys[kBlockEntries * kMaxPlanesDim];
-  alignas(64) int8_t values[kAttentionChunk * kMaxPlanesDim];
-  alignas(64) float units[kMaxGroups * kAttentionChunk];  // of keys a block at a time, then of all values
+  alignas(64) int8_t entries[kBlockEntries * kMaxPlanesDim];
+  alignas(64) float units[kMaxGroups * kBlockEntries];
   alignas(64) int8_t queries[kAttentionHeads * kMaxPlanesDim];
   float query_scales[kAttentionHeads * kMaxGroups];
   int32_t query_sums[kAttentionHeads * kMaxGroups];
-  alignas(64) uint8_t weights[kAttentionHeads][2][kAttentionChunk];  // high and low parts
+  alignas(64) int8_t weights[kAttentionHeads * kBlockEntries];
   float weight_scales[kAttentionHeads];
 };
 
@@ -73,9 +69,9 @@ inline void unpack_part(const PlanesPart& part, int stored, int upper, int64_t d
   });
 }
 
-// What one is worth in each entry's group: `units` (64).
+// What one is worth in each entry's group: `units` (64). Returns whether the first n are finite.
 template <class I>
-inline void unpack_units(const PlanesPart& part, int stored, int64_t group, float* units) {
+inline bool unpack_units(const PlanesPart& part, int stored, int64_t group, int64_t n, float* units) {
   alignas(64) uint8_t exponents[kBlockEntries];
   I::exponents(part.exponents + group * kExponentBytes, exponents);
   const int base = 127 - 15 - (part.bits - 1) - (part.bits < stored ? 1 : 0);
@@ -84,19 +80,13 @@ inline void unpack_units(const PlanesPart& part, int stored, int64_t group, floa
         exponents[t] == kNotFiniteExponent ? 0x7fc00000u : static_cast<uint32_t>(exponents[t] + base) << 23;
     std::memcpy(units + t, &bits, sizeof bits);
   }
-}
-
-// The largest of sixteen, none of which is below zero; NaN is passed over.
-template <class V>
-inline float largest(typename V::F x) {
-  float lanes[kLanes], most = 0.0f;
-  V::store(lanes, x);
-  for (const float lane : lanes) most = lane > most ? lane : most;
-  return most;
+  bool finite = true;
+  for (int64_t t = 0; t < n; ++t) finite &= exponents[t] != kNotFiniteExponent;
+  return finite;
 }
 
 // Query integers of one group, their scale and their sum.
-template <class V>
+template <class V, class I>
 inline void quantize_query(const float* x, int64_t n, int8_t* q, float* scale, int32_t* sum) {
   auto most = V::zero(), zeros = V::zero();
   for (int64_t i = 0; i < n; i += kLanes) {
@@ -104,24 +94,18 @@ inline void quantize_query(const float* x, int64_t n, int8_t* q, float* scale, i
     most = V::max(V::abs(v), most);
     zeros = V::fma(v, V::zero(), zeros);  // NaN unless all are finite
   }
+  const float a = V::largest(most);
+  const bool finite = V::tree(zeros) == 0.0f;
+  const bool empty = !finite || a == 0.0f;
+  const int e = empty ? 0 : choose_exponent(a, kQueryBits);
+  *scale = finite ? power_of_two(e) : std::numeric_limits<float>::quiet_NaN();
   *sum = 0;
-  const float a = largest<V>(most);
-  if (!(V::tree(zeros) == 0.0f) || a == 0.0f) {
-    *scale = a == 0.0f && V::tree(zeros) == 0.0f ? 1.0f : std::numeric_limits<float>::quiet_NaN();
+  if (empty) {
     std::memset(q, 0, static_cast<size_t>(n));
     return;
   }
-  const int e = choose_exponent(a, kQueryBits);
-  const auto factor = V::set(std::ldexp(1.0f, -e));
-  for (int64_t i = 0; i < n; i += kLanes) {
-    float rounded[kLanes];
-    V::store(rounded, V::rint(V::mul(V::load(x + i), factor)));
-    for (int64_t l = 0; l < kLanes; ++l) {
-      q[i + l] = static_cast<int8_t>(rounded[l]);
-      *sum += q[i + l];
-    }
-  }
-  *scale = std::ldexp(1.0f, e);
+  const auto factor = V::set(power_of_two(-e));
+  for (int64_t i = 0; i < n; i += kLanes) *sum += I::to_bytes(V::mul(V::load(x + i), factor), q + i);
 }
 
 inline int32_t four_bytes(const void* bytes) {
@@ -130,11 +114,50 @@ inline int32_t four_bytes(const void* bytes) {
   return four;
 }
 
+// Lines that will be read soon, asked for one at a time beside arithmetic: a burst would wait for the few that may be
+// under way.
+class Ahead {
+ public:
+  // What is read of the upper parts in about `asks` calls of ask().
+  Ahead(const PlanesPart* parts, int64_t count, int upper, int64_t dim, int64_t asks)
+      : part_(parts), last_(parts + count), upper_(upper), plane_(plane_bytes(dim)) {
+    const int64_t lines = count * (1 + upper) * plane_ / kLineBytes;
+    lines_ = (lines + asks - 1) / asks;
+  }
+
+  TAPER_INLINE void ask() {
+    for (int64_t i = 0; i < lines_; ++i) {
+      if (at_ == end_ && !begin_part()) return;
+      __builtin_prefetch(at_, 0, kIntoL2);
+      at_ += kLineBytes;
+    }
+  }
+
+ private:
+  bool begin_part() {
+    if (part_ == last_ || part_->upper == nullptr) return false;
+    __builtin_prefetch(part_->exponents, 0, kIntoL2);
+    at_ = part_->upper;
+    end_ = at_ + (1 + (part_->bits < upper_ ? part_->bits : upper_)) * plane_;
+    ++part_;
+    return true;
+  }
+
+  const uint8_t* at_ = nullptr;
+  const uint8_t* end_ = nullptr;
+  const PlanesPart* part_;
+  const PlanesPart* last_;
+  int upper_;
+  int64_t plane_, lines_;
+};
+
 // Adds the products of a group of sixteen entries' keys to kHeads heads' scores: `keys` are the words of that group.
 template <class V, class I, int kHeads>
 TAPER_INLINE inline void score_entries(const PlanesScratch& work, int64_t dim, int64_t first_head, const int8_t* keys,
-                                       const float* units, int64_t unit_stride, float scale, float* scores) {
+                                       const float* units, int64_t unit_stride, float scale, Ahead* ahead,
+                                       float* scores) {
   const int64_t group = planes_group(dim), groups = dim / group, words = group / kKeyElements;
+  Ahead lines = *ahead;
   typename V::F score[kHeads];
   unroll<kHeads>([&](auto h) TAPER_INLINE { score[h] = V::zero(); });
   for (int64_t g = 0; g < groups; ++g) {
@@ -144,6 +167,7 @@ TAPER_INLINE inline void score_entries(const PlanesScratch& work, int64_t dim, i
     const int8_t* q = work.queries + first_head * kMaxPlanesDim + g * group;
     const int8_t* k = keys + g * words * kLineBytes;
     for (int64_t w = 0; w < words; ++w) {
+      lines.ask();
       const auto bytes = I::load_keys(k + w * kLineBytes);
       unroll<kHeads>([&](auto h) TAPER_INLINE {
         dots[h] = I::key_dot(dots[h], bytes, four_bytes(q + h * kMaxPlanesDim + w * kKeyElements));
@@ -158,6 +182,7 @@ TAPER_INLINE inline void score_entries(const PlanesScratch& work, int64_t dim, i
   unroll<kHeads>([&](auto h) TAPER_INLINE {
     V::store(scores + (first_head + h) * kAttentionChunk, V::mul(score[h], V::set(scale)));
   });
+  *ahead = lines;
 }
 
 template <class V, class I>
@@ -167,126 +192,133 @@ inline void score_block(const PlanesAttentionArgs& args, PlanesScratch& work, in
   const int64_t left = args.num_entries - block * kBlockEntries, entries = left < kBlockEntries ? left : kBlockEntries;
   const PlanesPart& part = args.keys[block];
   unpack_part<I>(part, f.key_bits, f.key_upper, dim, (entries + kKeyEntries - 1) / kKeyEntries * kKeyEntries,
-                 work.keys);
-  for (int64_t g = 0; g < groups; ++g) unpack_units<I>(part, f.key_bits, g, work.units + g * kBlockEntries);
+                 work.entries);
+  for (int64_t g = 0; g < groups; ++g) unpack_units<I>(part, f.key_bits, g, entries, work.units + g * kBlockEntries);
+  const int64_t runs = (args.heads + V::kHeads - 1) / V::kHeads;
+  Ahead ahead(args.values + block, 1, f.value_upper, dim,
+              (entries + kKeyEntries - 1) / kKeyEntries * runs * dim / kKeyElements);
   for (int64_t t = 0; t < entries; t += kKeyEntries) {
     for_heads<V>(args.heads, [&]<int kHeads>(int64_t h) TAPER_INLINE {
-      score_entries<V, I, kHeads>(work, dim, h, work.keys + t * dim, work.units + t, kBlockEntries, args.scale,
-                                  work.scores + block * kBlockEntries + t);
+      score_entries<V, I, kHeads>(work, dim, h, work.entries + t * dim, work.units + t, kBlockEntries, args.scale,
+                                  &ahead, work.scores + block * kBlockEntries + t);
     });
   }
 }
 
-// The weights of one head times the values' units, as integers in two parts; what follows the n entries is zero.
+// The weights of one head's block of n entries times the values' units, as integers; what follows them is zero.
 template <class V, class I>
-inline void quantize_weights(const float* weights, const float* units, int64_t n, uint8_t* high, uint8_t* low,
+inline void quantize_weights(const float* weights, const float* units, int64_t n, bool finite, int8_t* q,
                              float* scale) {
-  alignas(64) float products[kAttentionChunk];
-  auto most = V::zero(), zeros = V::zero();
-  const auto take = [&](int64_t t, auto p) TAPER_INLINE {
-    V::store(products + t, p);
-    most = V::max(p, most);
-    zeros = V::fma(p, V::zero(), zeros);
-  };
-  for_each_group<V>(
-      n, [&](int64_t t) { take(t, V::mul(V::load(weights + t), V::load(units + t))); },
-      [&](int64_t t, int64_t count) {
-        take(t, V::mul(V::load_first(weights + t, count), V::load_first(units + t, count)));
-      });
-  const float a = largest<V>(most);
-  const bool finite = V::tree(zeros) == 0.0f;
-  const int64_t end = (n + kLanes - 1) / kLanes * kLanes;
-  if (!finite || a == 0.0f) {
-    *scale = finite ? 1.0f : std::numeric_limits<float>::quiet_NaN();
-    std::memset(high, 0, static_cast<size_t>(end));
-    std::memset(low, 0, static_cast<size_t>(end));
-    return;
-  }
-  const int e = choose_exponent(a, kWeightBits);
-  const auto factor = V::set(std::ldexp(1.0f, -e));
-  for (int64_t t = 0; t < end; t += kLanes) I::split(V::mul(V::load(products + t), factor), high + t, low + t);
-  *scale = std::ldexp(1.0f, e);
+  constexpr int kVectors = kBlockEntries / kLanes;
+  typename V::F p[kVectors];
+  auto most = V::zero();
+  unroll<kVectors>([&](auto i) TAPER_INLINE {
+    const int64_t left = n - i * kLanes;
+    p[i] = V::mul(
+        left >= kLanes ? V::load(weights + i * kLanes) : V::load_first(weights + i * kLanes, left > 0 ? left : 0),
+        V::load(units + i * kLanes));
+    most = V::max(p[i], most);  // passes over NaN, which becomes zero below
+  });
+  const float a = V::largest(most);
+  const int e = a == 0.0f ? 0 : choose_exponent(a, kWeightBits);
+  const auto factor = V::set(power_of_two(-e));
+  unroll<kVectors>([&](auto i) TAPER_INLINE { I::to_bytes(V::mul(p[i], factor), q + i * kLanes); });
+  *scale = finite ? power_of_two(e) : std::numeric_limits<float>::quiet_NaN();
 }
 
-// kHeads heads' weighted sums of a group's kVectors sixteens of elements.
+// Adds kHeads heads' weighted sums of kVectors sixteens of elements from `element` on over n entries of a block.
 template <class V, class I, int kHeads, int kVectors>
-TAPER_INLINE inline void weigh_group(const PlanesScratch& work, int64_t dim, int64_t n, int64_t first_head,
-                                     int64_t element, float* acc) {
-  typename I::Sums high[kHeads * kVectors], low[kHeads * kVectors];
-  unroll<kHeads * kVectors>([&](auto i) TAPER_INLINE { high[i] = low[i] = I::zero(); });
+TAPER_INLINE inline void weigh_entries(const PlanesScratch& work, int64_t dim, int64_t n, int64_t first_head,
+                                       int64_t element, Ahead* ahead, float* acc) {
+  Ahead lines = *ahead;
+  typename I::Sums sums[kHeads * kVectors];
+  unroll<kHeads * kVectors>([&](auto i) TAPER_INLINE { sums[i] = I::zero(); });
   const int64_t row = dim / kValueElements * kLineBytes;  // bytes of four entries
-  const int8_t* values = work.values + element / kValueElements * kLineBytes;
+  const int8_t* values = work.entries + element / kValueElements * kLineBytes;
   for (int64_t t = 0; t < n; t += kValueEntries, values += row) {
+    lines.ask();
     typename I::Bytes v[kVectors];
     unroll<kVectors>([&](auto i) TAPER_INLINE { v[i] = I::load_values(values + i * kLineBytes); });
     unroll<kHeads>([&](auto h) TAPER_INLINE {
-      const int32_t high_four = four_bytes(work.weights[first_head + h][0] + t);
-      const int32_t low_four = four_bytes(work.weights[first_head + h][1] + t);
-      unroll<kVectors>([&](auto i) TAPER_INLINE {
-        high[h * kVectors + i] = I::value_dot(high[h * kVectors + i], v[i], high_four);
-        low[h * kVectors + i] = I::value_dot(low[h * kVectors + i], v[i], low_four);
-      });
+      const int32_t four = four_bytes(work.weights + (first_head + h) * kBlockEntries + t);
+      unroll<kVectors>([&](auto i)
+                           TAPER_INLINE { sums[h * kVectors + i] = I::value_dot(sums[h * kVectors + i], v[i], four); });
     });
   }
   unroll<kHeads>([&](auto h) TAPER_INLINE {
     const auto scale = V::set(work.weight_scales[first_head + h]);
     unroll<kVectors>([&](auto i) TAPER_INLINE {
-      const auto total = I::to_float(I::shifted(high[h * kVectors + i], low[h * kVectors + i]));
-      V::store(acc + (first_head + h) * dim + element + i * kLanes, V::mul(total, scale));
+      float* at = acc + (first_head + h) * dim + element + i * kLanes;
+      V::store(at, V::fma(I::to_float(sums[h * kVectors + i]), scale, V::load(at)));
     });
   });
+  *ahead = lines;
 }
 
-template <class V, class I, int kVectors>
-inline void weigh_heads(const PlanesAttentionArgs& args, const PlanesScratch& work, int64_t element, float* acc) {
-  const int64_t dim = args.format.head_dim, n = args.num_entries;
-  constexpr int kHeads = I::kSums / (2 * kVectors) > 1 ? I::kSums / (2 * kVectors) : 1;
-  int64_t h = 0;
-  for (; h + kHeads <= args.heads; h += kHeads) weigh_group<V, I, kHeads, kVectors>(work, dim, n, h, element, acc);
-  for (; h < args.heads; ++h) weigh_group<V, I, 1, kVectors>(work, dim, n, h, element, acc);
+template <class I, int kVectors>
+inline constexpr int kHeadsOfSums = I::kSums / kVectors > 1 ? I::kSums / kVectors : 1;
+
+// Calls f.template operator()<sixteens>() for the elements of a group.
+template <class F>
+TAPER_INLINE inline void with_sixteens(int64_t group, const F& f) {
+  group == 16 ? f.template operator()<1>() : group == 32 ? f.template operator()<2>() : f.template operator()<4>();
+}
+
+template <class V, class I>
+inline void weigh_block(const PlanesAttentionArgs& args, PlanesScratch& work, int64_t block, Ahead* ahead, float* acc) {
+  const PlanesFormat& f = args.format;
+  const int64_t dim = f.head_dim, group = planes_group(dim), begin = block * kBlockEntries;
+  const int64_t left = args.num_entries - begin, n = left < kBlockEntries ? left : kBlockEntries;
+  const PlanesPart& part = args.values[block];
+  unpack_part<I>(part, f.value_bits, f.value_upper, dim, (n + kValueEntries - 1) / kValueEntries * kValueEntries,
+                 work.entries);
+  for (int64_t g = 0; g < dim / group; ++g) {
+    const bool finite = unpack_units<I>(part, f.value_bits, g, n, work.units);
+    for (int64_t h = 0; h < args.heads; ++h) {
+      quantize_weights<V, I>(work.scores + h * kAttentionChunk + begin, work.units, n, finite,
+                             work.weights + h * kBlockEntries, work.weight_scales + h);
+    }
+    with_sixteens(group, [&]<int kVectors>() TAPER_INLINE {
+      constexpr int kHeads = kHeadsOfSums<I, kVectors>;
+      int64_t h = 0;
+      for (; h + kHeads <= args.heads; h += kHeads) {
+        weigh_entries<V, I, kHeads, kVectors>(work, dim, n, h, g * group, ahead, acc);
+      }
+      for (; h < args.heads; ++h) weigh_entries<V, I, 1, kVectors>(work, dim, n, h, g * group, ahead, acc);
+    });
+  }
+}
+
+// How often weigh_block asks for a line of what comes next, all blocks together.
+template <class I>
+inline int64_t asks_of_weights(const PlanesAttentionArgs& args) {
+  const int64_t group = planes_group(args.format.head_dim);
+  int64_t passes = 0;
+  with_sixteens(group, [&]<int kVectors>() TAPER_INLINE {
+    constexpr int kHeads = kHeadsOfSums<I, kVectors>;
+    passes = args.heads / kHeads + args.heads % kHeads;
+  });
+  return args.format.head_dim / group * passes * ((args.num_entries + kValueEntries - 1) / kValueEntries);
 }
 
 template <class V, class I>
 void planes_attention(const PlanesAttentionArgs& args, const AttentionState& out) {
   PlanesScratch& work = *reinterpret_cast<PlanesScratch*>(scratch(sizeof(PlanesScratch)));
-  const PlanesFormat& f = args.format;
-  const int64_t dim = f.head_dim, group = planes_group(dim), groups = dim / group, n = args.num_entries;
+  const int64_t dim = args.format.head_dim, group = planes_group(dim), n = args.num_entries;
   const int64_t blocks = (n + kBlockEntries - 1) / kBlockEntries;
   for (int64_t h = 0; h < args.heads; ++h) {
-    for (int64_t g = 0; g < groups; ++g) {
-      quantize_query<V>(args.q + h * dim + g * group, group, work.queries + h * kMaxPlanesDim + g * group,
-                        work.query_scales + h * kMaxGroups + g, work.query_sums + h * kMaxGroups + g);
+    for (int64_t g = 0; g < dim / group; ++g) {
+      quantize_query<V, I>(args.q + h * dim + g * group, group, work.queries + h * kMaxPlanesDim + g * group,
+                           work.query_scales + h * kMaxGroups + g, work.query_sums + h * kMaxGroups + g);
     }
   }
   for (int64_t b = 0; b < blocks; ++b) score_block<V, I>(args, work, b);
   for (int64_t h = 0; h < args.heads; ++h) {
     softmax<V>(work.scores + h * kAttentionChunk, n, out.max + h, out.sum + h);
   }
-  for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t left = n - b * kBlockEntries, entries = left < kBlockEntries ? left : kBlockEntries;
-    unpack_part<I>(args.values[b], f.value_bits, f.value_upper, dim,
-                   (entries + kValueEntries - 1) / kValueEntries * kValueEntries,
-                   work.values + b * kBlockEntries * dim);
-    for (int64_t g = 0; g < groups; ++g) {
-      unpack_units<I>(args.values[b], f.value_bits, g, work.units + g * kAttentionChunk + b * kBlockEntries);
-    }
-  }
-  for (int64_t g = 0; g < groups; ++g) {
-    for (int64_t h = 0; h < args.heads; ++h) {
-      quantize_weights<V, I>(work.scores + h * kAttentionChunk, work.units + g * kAttentionChunk, n, work.weights[h][0],
-                             work.weights[h][1], work.weight_scales + h);
-    }
-    switch (group / kLanes) {
-      case 1:
-        weigh_heads<V, I, 1>(args, work, g * group, out.acc);
-        break;
-      case 2:
-        weigh_heads<V, I, 2>(args, work, g * group, out.acc);
-        break;
-      default:
-        weigh_heads<V, I, 4>(args, work, g * group, out.acc);
-    }
-  }
+  std::memset(out.acc, 0, static_cast<size_t>(args.heads * dim) * sizeof(float));
+  Ahead ahead(args.next_keys, kChunkBlocks, args.format.key_upper, dim, asks_of_weights<I>(args));
+  for (int64_t b = 0; b < blocks; ++b) weigh_block<V, I>(args, work, b, &ahead, out.acc);
 }
 
 }  // namespace taper::lanes

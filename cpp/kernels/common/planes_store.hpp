@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernels/common/exponent.hpp"
 #include "kernels/common/lanes.hpp"
 #include "kernels/common/planes_layout.hpp"
 
@@ -56,13 +57,6 @@ inline int group_exponent(const float* x, int64_t n) {
   if (most > kMaxHalf) return kNotFiniteExponent;
   const int e = static_cast<int>(most >> 23) - 127 + 15;
   return e < 1 ? 1 : e;
-}
-
-inline float power_of_two(int e) {
-  const uint32_t bits = static_cast<uint32_t>(e + 127) << 23;
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
 }
 
 // Signs in bit 7, magnitudes below. n is a multiple of 16.

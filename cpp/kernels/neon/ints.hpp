@@ -35,27 +35,19 @@ struct Ints {
     return sums;
   }
   static Sums value_dot(Sums sums, const Bytes& bytes, int32_t four) { return key_dot(sums, bytes, four); }
-  static Sums shifted(const Sums& high, const Sums& low) {
-    Sums made;
-    unroll<4>([&](auto i) TAPER_INLINE { made.at[i] = vaddq_s32(vshlq_n_s32(high.at[i], 7), low.at[i]); });
-    return made;
-  }
   static Vec16::F to_float(const Sums& sums) {
     return {vcvtq_f32_s32(sums.at[0]), vcvtq_f32_s32(sums.at[1]), vcvtq_f32_s32(sums.at[2]), vcvtq_f32_s32(sums.at[3])};
   }
 
-  static void split(Vec16::F x, uint8_t* high, uint8_t* low) {
-    int32_t v[16];
-    vst1q_s32(v, vcvtnq_s32_f32(x.a));
-    vst1q_s32(v + 4, vcvtnq_s32_f32(x.b));
-    vst1q_s32(v + 8, vcvtnq_s32_f32(x.c));
-    vst1q_s32(v + 12, vcvtnq_s32_f32(x.d));
+  static int32_t to_bytes(Vec16::F x, int8_t* q) {
+    int32_t v[16], sum = 0;
+    round(x, v);
     for (int l = 0; l < 16; ++l) {
-      high[l] = static_cast<uint8_t>(v[l] >> 7);
-      low[l] = static_cast<uint8_t>(v[l] & 127);
+      q[l] = static_cast<int8_t>(v[l]);
+      sum += v[l];
     }
+    return sum;
   }
-
   static void exponents(const uint8_t* words, uint8_t* out) { unpack_exponents(words, out); }
 
   template <int kPlanes, bool kHalf>
@@ -65,6 +57,13 @@ struct Ints {
   }
 
  private:
+  static void round(Vec16::F x, int32_t* v) {
+    vst1q_s32(v, vcvtnq_s32_f32(x.a));
+    vst1q_s32(v + 4, vcvtnq_s32_f32(x.b));
+    vst1q_s32(v + 8, vcvtnq_s32_f32(x.c));
+    vst1q_s32(v + 12, vcvtnq_s32_f32(x.d));
+  }
+
   // A quarter of each word of a line, as in avx512/ints.hpp; the matrices' least significant plane comes first.
   template <int kPlanes, bool kHalf>
   static void unpack_quarter(const uint8_t* const* planes, int64_t at, int8_t* out) {

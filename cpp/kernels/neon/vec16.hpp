@@ -77,6 +77,7 @@ struct Vec16 {
   }
   static F rint(F x) { return {vrndnq_f32(x.a), vrndnq_f32(x.b), vrndnq_f32(x.c), vrndnq_f32(x.d)}; }
   static F abs(F x) { return {vabsq_f32(x.a), vabsq_f32(x.b), vabsq_f32(x.c), vabsq_f32(x.d)}; }
+  static float largest(F x) { return vmaxvq_f32(vmaxq_f32(vmaxq_f32(x.a, x.b), vmaxq_f32(x.c, x.d))); }  // without NaN
   static F zero_where_less(F x, F limit, F y) {  // x < limit ? 0 : y
     return {zero_where(vcltq_f32(x.a, limit.a), y.a), zero_where(vcltq_f32(x.b, limit.b), y.b),
             zero_where(vcltq_f32(x.c, limit.c), y.c), zero_where(vcltq_f32(x.d, limit.d), y.d)};

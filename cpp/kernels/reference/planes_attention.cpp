@@ -15,7 +15,7 @@ namespace {
 constexpr float kMaxHalf = 65504.0f;
 constexpr int kHalfBias = 15;
 constexpr int kQueryBits = 7;
-constexpr int kWeightBits = 14;
+constexpr int kWeightBits = 7;
 
 struct Place {
   int64_t byte;
@@ -111,8 +111,8 @@ float to_integers(const float* x, int64_t n, int magnitude_bits, int32_t* q) {
 void attend(const PlanesAttentionArgs& args, const float* q, float* max, float* sum, float* acc) {
   const PlanesFormat& f = args.format;
   const int64_t dim = f.head_dim, group = planes_group(dim), n = args.num_entries;
-  float w[kAttentionChunk] = {}, p[kAttentionChunk];
-  int32_t query[kMaxPlanesDim], weights[kAttentionChunk];
+  float w[kAttentionChunk] = {}, p[kBlockEntries];
+  int32_t query[kMaxPlanesDim], weights[kBlockEntries];
   *max = -std::numeric_limits<float>::infinity();
   for (int64_t g = 0; g < dim / group; ++g) {
     const float scale = to_integers(q + g * group, group, kQueryBits, query + g * group);
@@ -132,18 +132,26 @@ void attend(const PlanesAttentionArgs& args, const float* q, float* max, float* 
   }
   for (int64_t t = 0; t < n; ++t) w[t] = exp32(w[t] - *max);
   *sum = sum16(w, n);
+  std::fill(acc, acc + dim, 0.0f);
   for (int64_t g = 0; g < dim / group; ++g) {
-    for (int64_t t = 0; t < n; ++t) {
-      p[t] = w[t] * unit(args.values[t / kBlockEntries], f.value_bits, g, t % kBlockEntries);
-    }
-    const float scale = to_integers(p, n, kWeightBits, weights);
-    for (int64_t d = g * group; d < (g + 1) * group; ++d) {
-      int32_t total = 0;
-      for (int64_t t = 0; t < n; ++t) {
-        const PlanesPart& part = args.values[t / kBlockEntries];
-        total += weights[t] * read(part, f.value_bits, f.value_upper, dim, value_place(dim, t % kBlockEntries, d));
+    for (int64_t begin = 0; begin < n; begin += kBlockEntries) {
+      const PlanesPart& part = args.values[begin / kBlockEntries];
+      const int64_t entries = std::min(kBlockEntries, n - begin);
+      bool finite = true;
+      for (int64_t t = 0; t < entries; ++t) {
+        const float one = unit(part, f.value_bits, g, t), product = w[begin + t] * one;
+        finite = finite && !std::isnan(one);
+        p[t] = std::isnan(product) ? 0.0f : product;  // of a weight that is NaN, which the sum of weights then is too
       }
-      acc[d] = static_cast<float>(total) * scale;
+      float scale = to_integers(p, entries, kWeightBits, weights);
+      if (!finite) scale = std::numeric_limits<float>::quiet_NaN();
+      for (int64_t d = g * group; d < (g + 1) * group; ++d) {
+        int32_t total = 0;
+        for (int64_t t = 0; t < entries; ++t) {
+          total += weights[t] * read(part, f.value_bits, f.value_upper, dim, value_place(dim, t, d));
+        }
+        acc[d] = std::fma(static_cast<float>(total), scale, acc[d]);
+      }
     }
   }
 }
