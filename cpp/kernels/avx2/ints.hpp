@@ -20,6 +20,7 @@ struct Ints {
   static constexpr int kSums = 8;
 
   static Sums zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+  static int32_t sum_of(const int8_t*, int64_t) { return 0; }  // products are signed here
   static Sums start(int32_t) { return zero(); }
   static Bytes load_keys(const int8_t* p) {
     return {_mm256_load_si256(reinterpret_cast<const __m256i*>(p)),
@@ -37,15 +38,10 @@ struct Ints {
   }
   static Vec16::F to_float(Sums sums) { return {_mm256_cvtepi32_ps(sums.lo), _mm256_cvtepi32_ps(sums.hi)}; }
 
-  static int32_t to_bytes(Vec16::F x, int8_t* q) {
+  static void to_bytes(Vec16::F x, int8_t* q) {
     alignas(32) int32_t v[16];
     round(x, v);
-    int32_t sum = 0;
-    for (int l = 0; l < 16; ++l) {
-      q[l] = static_cast<int8_t>(v[l]);
-      sum += v[l];
-    }
-    return sum;
+    for (int l = 0; l < 16; ++l) q[l] = static_cast<int8_t>(v[l]);
   }
   static void exponents(const uint8_t* words, uint8_t* out) { unpack_exponents(words, out); }
 

@@ -67,6 +67,11 @@ struct Vec16 {
     const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
   }
+  static bool all_zero(F x) {  // NaN is not
+    const __m256 none = _mm256_setzero_ps();
+    return _mm256_movemask_ps(
+               _mm256_or_ps(_mm256_cmp_ps(x.lo, none, _CMP_NEQ_UQ), _mm256_cmp_ps(x.hi, none, _CMP_NEQ_UQ))) == 0;
+  }
   static F zero_where_less(F x, F limit, F y) {  // x < limit ? 0 : y
     return {_mm256_and_ps(_mm256_cmp_ps(x.lo, limit.lo, _CMP_NLT_UQ), y.lo),
             _mm256_and_ps(_mm256_cmp_ps(x.hi, limit.hi, _CMP_NLT_UQ), y.hi)};

@@ -16,6 +16,10 @@ struct Ints {
   static constexpr int kSums = 16;  // registers of sums
 
   static Sums zero() { return _mm512_setzero_si512(); }
+  static int32_t sum_of(const int8_t* q, int64_t n) {
+    const __mmask64 there = n < 64 ? (uint64_t{1} << n) - 1 : ~uint64_t{0};
+    return _mm512_reduce_add_epi32(_mm512_dpbusd_epi32(zero(), _mm512_set1_epi8(1), _mm512_maskz_loadu_epi8(there, q)));
+  }
   // Keys go in as k + 128: vpdpbusd multiplies unsigned with signed bytes.
   static Sums start(int32_t sum_of_q) { return _mm512_set1_epi32(-128 * sum_of_q); }
   static Bytes load_keys(const int8_t* p) { return _mm512_xor_si512(_mm512_load_si512(p), _mm512_set1_epi8(-128)); }
@@ -28,10 +32,9 @@ struct Ints {
   }
   static __m512 to_float(Sums sums) { return _mm512_cvtepi32_ps(sums); }
 
-  static int32_t to_bytes(__m512 x, int8_t* q) {
+  static void to_bytes(__m512 x, int8_t* q) {
     const __m512i v = _mm512_cvtps_epi32(x);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(q), _mm512_cvtepi32_epi8(v));
-    return _mm512_reduce_add_epi32(v);
   }
   static void exponents(const uint8_t* words, uint8_t* out) {
     __m512i e = _mm512_setzero_si512();

@@ -41,8 +41,9 @@ struct Vec16 {
   static F min(F a, F b) { return _mm512_min_ps(a, b); }  // a < b ? a : b
   static F rint(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static F abs(F a) { return _mm512_abs_ps(a); }
-  static float largest(F x) { return _mm512_reduce_max_ps(x); }  // without NaN
-  static F zero_where_less(F x, F limit, F y) {                  // x < limit ? 0 : y
+  static float largest(F x) { return _mm512_reduce_max_ps(x); }                          // without NaN
+  static bool all_zero(F x) { return _mm512_cmp_ps_mask(x, zero(), _CMP_NEQ_UQ) == 0; }  // NaN is not
+  static F zero_where_less(F x, F limit, F y) {                                          // x < limit ? 0 : y
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, limit, _CMP_NLT_UQ), y);
   }
   static F power_of_two(F n) {

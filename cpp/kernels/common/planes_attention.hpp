@@ -6,10 +6,11 @@
 //                                            with kHalf a one is added below the last. out: int8, word by word.
 //   I::exponents(words, out)                 64 exponents of a group
 //   I::Bytes, I::Sums                        64 bytes, 16 int32
-//   I::start(sum_of_q), I::key_dot(sums, bytes, four), I::value_dot(sums, bytes, four)
+//   I::sum_of(q, n), I::start(sum)           what sums of key_dot begin with
+//   I::key_dot(sums, bytes, four), I::value_dot(sums, bytes, four)
 //                                            add for each of 16 lanes the products of its four bytes with four given
 //                                            ones, each within -127..127, those given with values within 0..127
-//   I::to_bytes(x, q)                        16 floats rounded to int8, NaN to zero; their sum
+//   I::to_bytes(x, q)                        16 floats rounded to int8, NaN to zero
 //
 // Vector operations an entry of head_dim 64 and eight heads, AVX-512: 8 dot products for the key, 16 for the value, 2 x
 // 5 to unpack them, 10 for the softmax; over float16 64 multiply-adds, 8 conversions and the same softmax.
@@ -95,17 +96,14 @@ inline void quantize_query(const float* x, int64_t n, int8_t* q, float* scale, i
     zeros = V::fma(v, V::zero(), zeros);  // NaN unless all are finite
   }
   const float a = V::largest(most);
-  const bool finite = V::tree(zeros) == 0.0f;
+  const bool finite = V::all_zero(zeros);
   const bool empty = !finite || a == 0.0f;
   const int e = empty ? 0 : choose_exponent(a, kQueryBits);
   *scale = finite ? power_of_two(e) : std::numeric_limits<float>::quiet_NaN();
-  *sum = 0;
-  if (empty) {
-    std::memset(q, 0, static_cast<size_t>(n));
-    return;
-  }
+  if (empty) std::memset(q, 0, static_cast<size_t>(n));
   const auto factor = V::set(power_of_two(-e));
-  for (int64_t i = 0; i < n; i += kLanes) *sum += I::to_bytes(V::mul(V::load(x + i), factor), q + i);
+  for (int64_t i = 0; i < n && !empty; i += kLanes) I::to_bytes(V::mul(V::load(x + i), factor), q + i);
+  *sum = I::sum_of(q, n);
 }
 
 inline int32_t four_bytes(const void* bytes) {
@@ -151,37 +149,40 @@ class Ahead {
   int64_t plane_, lines_;
 };
 
-// Adds the products of a group of sixteen entries' keys to kHeads heads' scores: `keys` are the words of that group.
-template <class V, class I, int kHeads>
-TAPER_INLINE inline void score_entries(const PlanesScratch& work, int64_t dim, int64_t first_head, const int8_t* keys,
-                                       const float* units, int64_t unit_stride, float scale, Ahead* ahead,
-                                       float* scores) {
+// Scores of kHeads heads for kRuns sixteens of entries. A word of q is loaded for both: with one run the loads, nine
+// for eight dot products, were the limit.
+template <class V, class I, int kHeads, int kRuns>
+TAPER_INLINE inline void score_entries(const PlanesScratch& work, int64_t dim, int64_t first_head, int64_t entry,
+                                       float scale, Ahead* ahead, float* scores) {
   const int64_t group = planes_group(dim), groups = dim / group, words = group / kKeyElements;
   Ahead lines = *ahead;
-  typename V::F score[kHeads];
-  unroll<kHeads>([&](auto h) TAPER_INLINE { score[h] = V::zero(); });
   for (int64_t g = 0; g < groups; ++g) {
-    typename I::Sums dots[kHeads];
-    unroll<kHeads>([&](auto h)
-                       TAPER_INLINE { dots[h] = I::start(work.query_sums[(first_head + h) * kMaxGroups + g]); });
+    typename I::Sums dots[kHeads * kRuns];
+    unroll<kHeads>([&](auto h) TAPER_INLINE {
+      const auto start = I::start(work.query_sums[(first_head + h) * kMaxGroups + g]);
+      unroll<kRuns>([&](auto r) TAPER_INLINE { dots[h * kRuns + r] = start; });
+    });
     const int8_t* q = work.queries + first_head * kMaxPlanesDim + g * group;
-    const int8_t* k = keys + g * words * kLineBytes;
+    const int8_t* keys = work.entries + entry * dim + g * words * kLineBytes;
     for (int64_t w = 0; w < words; ++w) {
       lines.ask();
-      const auto bytes = I::load_keys(k + w * kLineBytes);
+      typename I::Bytes k[kRuns];
+      unroll<kRuns>([&](auto r) TAPER_INLINE { k[r] = I::load_keys(keys + w * kLineBytes + r * kKeyEntries * dim); });
       unroll<kHeads>([&](auto h) TAPER_INLINE {
-        dots[h] = I::key_dot(dots[h], bytes, four_bytes(q + h * kMaxPlanesDim + w * kKeyElements));
+        const int32_t four = four_bytes(q + h * kMaxPlanesDim + w * kKeyElements);
+        unroll<kRuns>([&](auto r) TAPER_INLINE { dots[h * kRuns + r] = I::key_dot(dots[h * kRuns + r], k[r], four); });
       });
     }
-    const auto unit = V::load(units + g * unit_stride);
-    unroll<kHeads>([&](auto h) TAPER_INLINE {
-      const auto factor = V::mul(V::set(work.query_scales[(first_head + h) * kMaxGroups + g]), unit);
-      score[h] = V::fma(I::to_float(dots[h]), factor, score[h]);
+    unroll<kRuns>([&](auto r) TAPER_INLINE {
+      const auto unit = V::load(work.units + g * kBlockEntries + entry + r * kKeyEntries);
+      unroll<kHeads>([&](auto h) TAPER_INLINE {
+        float* at = scores + (first_head + h) * kAttentionChunk + entry + r * kKeyEntries;
+        const auto factor = V::mul(V::set(work.query_scales[(first_head + h) * kMaxGroups + g]), unit);
+        const auto score = V::fma(I::to_float(dots[h * kRuns + r]), factor, g == 0 ? V::zero() : V::load(at));
+        V::store(at, g + 1 == groups ? V::mul(score, V::set(scale)) : score);
+      });
     });
   }
-  unroll<kHeads>([&](auto h) TAPER_INLINE {
-    V::store(scores + (first_head + h) * kAttentionChunk, V::mul(score[h], V::set(scale)));
-  });
   *ahead = lines;
 }
 
@@ -194,13 +195,14 @@ inline void score_block(const PlanesAttentionArgs& args, PlanesScratch& work, in
   unpack_part<I>(part, f.key_bits, f.key_upper, dim, (entries + kKeyEntries - 1) / kKeyEntries * kKeyEntries,
                  work.entries);
   for (int64_t g = 0; g < groups; ++g) unpack_units<I>(part, f.key_bits, g, entries, work.units + g * kBlockEntries);
-  const int64_t runs = (args.heads + V::kHeads - 1) / V::kHeads;
-  Ahead ahead(args.values + block, 1, f.value_upper, dim,
-              (entries + kKeyEntries - 1) / kKeyEntries * runs * dim / kKeyElements);
-  for (int64_t t = 0; t < entries; t += kKeyEntries) {
+  const int64_t runs = (entries + kKeyEntries - 1) / kKeyEntries;
+  const int64_t passes = (args.heads + V::kHeads - 1) / V::kHeads * ((runs + 1) / 2);
+  Ahead ahead(args.values + block, 1, f.value_upper, dim, passes * dim / kKeyElements);
+  float* scores = work.scores + block * kBlockEntries;
+  for (int64_t r = 0; r < runs; r += 2) {
     for_heads<V>(args.heads, [&]<int kHeads>(int64_t h) TAPER_INLINE {
-      score_entries<V, I, kHeads>(work, dim, h, work.entries + t * dim, work.units + t, kBlockEntries, args.scale,
-                                  &ahead, work.scores + block * kBlockEntries + t);
+      r + 1 < runs ? score_entries<V, I, kHeads, 2>(work, dim, h, r * kKeyEntries, args.scale, &ahead, scores)
+                   : score_entries<V, I, kHeads, 1>(work, dim, h, r * kKeyEntries, args.scale, &ahead, scores);
     });
   }
 }

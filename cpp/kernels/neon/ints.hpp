@@ -24,6 +24,7 @@ struct Ints {
     const int32x4_t none = vdupq_n_s32(0);
     return {{none, none, none, none}};
   }
+  static int32_t sum_of(const int8_t*, int64_t) { return 0; }  // products are signed here
   static Sums start(int32_t) { return zero(); }
   static Bytes load_keys(const int8_t* p) {
     return {{vld1q_s8(p), vld1q_s8(p + 16), vld1q_s8(p + 32), vld1q_s8(p + 48)}};
@@ -39,14 +40,10 @@ struct Ints {
     return {vcvtq_f32_s32(sums.at[0]), vcvtq_f32_s32(sums.at[1]), vcvtq_f32_s32(sums.at[2]), vcvtq_f32_s32(sums.at[3])};
   }
 
-  static int32_t to_bytes(Vec16::F x, int8_t* q) {
-    int32_t v[16], sum = 0;
+  static void to_bytes(Vec16::F x, int8_t* q) {
+    int32_t v[16];
     round(x, v);
-    for (int l = 0; l < 16; ++l) {
-      q[l] = static_cast<int8_t>(v[l]);
-      sum += v[l];
-    }
-    return sum;
+    for (int l = 0; l < 16; ++l) q[l] = static_cast<int8_t>(v[l]);
   }
   static void exponents(const uint8_t* words, uint8_t* out) { unpack_exponents(words, out); }
 

@@ -78,6 +78,11 @@ struct Vec16 {
   static F rint(F x) { return {vrndnq_f32(x.a), vrndnq_f32(x.b), vrndnq_f32(x.c), vrndnq_f32(x.d)}; }
   static F abs(F x) { return {vabsq_f32(x.a), vabsq_f32(x.b), vabsq_f32(x.c), vabsq_f32(x.d)}; }
   static float largest(F x) { return vmaxvq_f32(vmaxq_f32(vmaxq_f32(x.a, x.b), vmaxq_f32(x.c, x.d))); }  // without NaN
+  static bool all_zero(F x) {                                                                            // NaN is not
+    const uint32x4_t zeros =
+        vandq_u32(vandq_u32(vceqzq_f32(x.a), vceqzq_f32(x.b)), vandq_u32(vceqzq_f32(x.c), vceqzq_f32(x.d)));
+    return vminvq_u32(zeros) != 0;
+  }
   static F zero_where_less(F x, F limit, F y) {  // x < limit ? 0 : y
     return {zero_where(vcltq_f32(x.a, limit.a), y.a), zero_where(vcltq_f32(x.b, limit.b), y.b),
             zero_where(vcltq_f32(x.c, limit.c), y.c), zero_where(vcltq_f32(x.d, limit.d), y.d)};
