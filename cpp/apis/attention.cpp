@@ -19,16 +19,26 @@ constexpr int64_t kSplitRows = 16;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-void check_rows(const QkvRows& rows, const KvView& kv, int64_t position) {
+// Checks a row's width against the heads.
+void check_width(const QkvRows& rows, const AttentionShape& shape) {
   require(rows.tokens >= 1, "qkv has ", rows.tokens, " rows, expected at least 1");
-  const AttentionShape shape{rows.heads, kv.kv_heads, kv.head_dim};
   check_shape(shape);
-  const int64_t width = shape.qkv_width();
-  require(rows.width == width, "qkv has ", rows.width, " columns, expected ", width, " for ", rows.heads, " heads, ",
-          kv.kv_heads, " KV heads and head_dim ", kv.head_dim);
+  require(rows.width == shape.qkv_width(), "qkv has ", rows.width, " columns, expected ", shape.qkv_width(), " for ",
+          rows.heads, " heads, ", shape.kv_heads, " KV heads and head_dim ", shape.head_dim);
+}
+
+void check_rows(const QkvRows& rows, const KvView& kv, int64_t position) {
+  check_width(rows, {rows.heads, kv.kv_heads, kv.head_dim});
   require(position >= 0, "position is ", position, ", expected at least 0");
   require(position + rows.tokens <= kv.capacity, "positions ", position, "..", position + rows.tokens - 1,
           " are outside a KV cache of ", kv.capacity);
+}
+
+void check_rows(const QkvRows& rows, const PlanesTable& table, int64_t layer, int64_t position) {
+  check_width(rows, {rows.heads, table.layout->kv_heads(), table.layout->head_dim()});
+  require(layer >= 0 && layer < table.layout->layers(), "layer is ", layer, ", expected 0..",
+          table.layout->layers() - 1);
+  check_table(table, position, rows.tokens);
 }
 
 // Entries from `position` on of one KV head.
@@ -85,7 +95,7 @@ AttentionState AttentionWork::state(int64_t row, int64_t part, int64_t head) {
   return {at + head, at + heads + head, at + 2 * heads + head * shape_.head_dim};
 }
 
-void AttentionWork::run(const Kernels& kernels, int64_t item, const float* q, int64_t q_stride, const KvView* caches,
+void AttentionWork::run(const Kernels& kernels, int64_t item, const float* q, int64_t q_stride, const CacheView* caches,
                         float scale) {
   const Item& work = items_[static_cast<size_t>(item)];
   const Span& span = spans_[static_cast<size_t>(work.span)];
@@ -97,25 +107,38 @@ void AttentionWork::run(const Kernels& kernels, int64_t item, const float* q, in
 }
 
 void AttentionWork::run_row(const Kernels& kernels, const Item& item, int64_t token, int64_t chunk, const float* q,
-                            const KvView& kv, float scale) {
+                            const CacheView& cache, float scale) {
   const Span& span = spans_[static_cast<size_t>(item.span)];
-  const int64_t begin = chunk * kAttentionChunk, seen = span.position + token + 1, dim = shape_.head_dim;
-  if (begin >= seen) return;
-  const AttentionArgs args{q + item.first_head * dim,
-                           item.heads,
-                           entries(kv.keys, kv, item.kv_head, begin),
-                           entries(kv.values, kv, item.kv_head, begin),
-                           kv.type,
-                           dim,
-                           std::min(kAttentionChunk, seen - begin),
-                           scale};
-  const int64_t row = span.row + token;
-  if (split_ || chunk == 0) return kernels.attention(args, state(row, split_ ? chunk : 0, item.first_head));
+  const int64_t position = span.position + token, dim = shape_.head_dim, row = span.row + token;
+  if (chunk * kAttentionChunk > position) return;
+  if (split_ || chunk == 0) {
+    const AttentionState own = state(row, split_ ? chunk : 0, item.first_head);
+    return run_chunk(kernels, item, position, chunk, q, cache, scale, own);
+  }
   thread_local std::vector<float> memory;
   memory.resize(std::max<size_t>(memory.size(), static_cast<size_t>(kAttentionHeads * (dim + 2))));
   const AttentionState alone{memory.data(), memory.data() + kAttentionHeads, memory.data() + 2 * kAttentionHeads};
-  kernels.attention(args, alone);
+  run_chunk(kernels, item, position, chunk, q, cache, scale, alone);
   kernels.attention_merge(item.heads, dim, alone, state(row, 0, item.first_head));
+}
+
+void AttentionWork::run_chunk(const Kernels& kernels, const Item& item, int64_t position, int64_t chunk, const float* q,
+                              const CacheView& cache, float scale, const AttentionState& out) const {
+  const int64_t begin = chunk * kAttentionChunk, dim = shape_.head_dim;
+  const int64_t entries_seen = std::min(kAttentionChunk, position + 1 - begin);
+  if (cache.table != nullptr) {
+    PlanesAttentionArgs args{};
+    args.q = q + item.first_head * dim;
+    args.heads = item.heads;
+    args.num_entries = entries_seen;
+    args.scale = scale;
+    set_parts(*cache.table, cache.layer, item.kv_head, chunk, position, args);
+    return kernels.planes_attention(args, out);
+  }
+  const KvView& kv = cache.arrays;
+  kernels.attention({q + item.first_head * dim, item.heads, entries(kv.keys, kv, item.kv_head, begin),
+                     entries(kv.values, kv, item.kv_head, begin), kv.type, dim, entries_seen, scale},
+                    out);
 }
 
 void AttentionWork::finish(const Kernels& kernels, int64_t row, float* out) {
@@ -139,38 +162,86 @@ void rope_tables(const double* inv_freq, int64_t half, int64_t num_positions, do
   }
 }
 
-void rope_store(float* qkv, const QkvRows& rows, const KvView& kv, int64_t position, const float* cos, const float* sin,
-                int64_t num_table_rows) {
-  check_rows(rows, kv, position);
-  require(kv.head_dim % 2 == 0, "head_dim is ", kv.head_dim, ", expected an even number");
+int64_t rows_of_one_thread(const CacheView& cache, int64_t position, int64_t rows) {
+  constexpr int64_t kShared = 16;
+  return cache.table == nullptr ? 1 : std::min(rows, kShared - position % kShared);
+}
+
+void store_token(const Kernels& kernels, float* qkv, int64_t heads, const CacheView& cache, int64_t position,
+                 const float* cos, const float* sin) {
+  if (cache.table == nullptr) return kernels.rope_store(qkv, heads, cache.arrays, position, cos, sin);
+  const PlanesTable& table = *cache.table;
+  const size_t block = static_cast<size_t>(position / kBlockEntries);
+  uint8_t* lower = table.lower.empty() ? nullptr : table.lower[block];
+  kernels.planes_store(qkv, heads, table.layout->format(cache.layer),
+                       table.layout->block(cache.layer, table.upper[block], lower), position % kBlockEntries, cos, sin);
+}
+
+namespace {
+
+void store_rows(float* qkv, const QkvRows& rows, const CacheView& cache, int64_t head_dim, int64_t position,
+                const float* cos, const float* sin, int64_t num_table_rows) {
+  require(head_dim % 2 == 0, "head_dim is ", head_dim, ", expected an even number");
   require(position + rows.tokens <= num_table_rows, "position ", position + rows.tokens - 1,
           " is outside RoPE tables of ", num_table_rows, " rows");
   const Kernels& table = kernels();
-  const int64_t half = kv.head_dim / 2;
-  const Plan plan = plan_items(rows.tokens, rows.width * kPsPerElement, num_threads());
-  parallel_for(rows.tokens, plan.chunk, plan.threads, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
+  const int64_t half = head_dim / 2;
+  std::vector<int64_t> starts{0};
+  while (starts.back() < rows.tokens) {
+    const int64_t t = starts.back();
+    starts.push_back(t + rows_of_one_thread(cache, position + t, rows.tokens - t));
+  }
+  const int64_t runs = static_cast<int64_t>(starts.size()) - 1;
+  const Plan plan = plan_items(runs, rows.tokens * rows.width * kPsPerElement / runs, num_threads());
+  parallel_for(runs, plan.chunk, plan.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t t = starts[static_cast<size_t>(begin)]; t < starts[static_cast<size_t>(end)]; ++t) {
       const int64_t p = position + t;
-      table.rope_store(qkv + t * rows.width, rows.heads, kv, p, cos + p * half, sin + p * half);
+      store_token(table, qkv + t * rows.width, rows.heads, cache, p, cos + p * half, sin + p * half);
     }
   });
 }
 
-void attention(const float* qkv, const QkvRows& rows, const KvView& kv, int64_t position, float scale, float* out) {
-  check_rows(rows, kv, position);
+void attend_rows(const float* qkv, const QkvRows& rows, const AttentionShape& shape, const CacheView& cache,
+                 int64_t position, float scale, float* out) {
   const Kernels& table = kernels();
-  const int64_t width = rows.heads * kv.head_dim;
-  AttentionWork work({rows.heads, kv.kv_heads, kv.head_dim});
+  const int64_t width = rows.heads * shape.head_dim;
+  AttentionWork work(shape);
   work.reset({{0, rows.tokens, position}});
-  const int64_t products = rows.tokens * rows.heads * (position + rows.tokens) * kv.head_dim;
+  const int64_t products = rows.tokens * rows.heads * (position + rows.tokens) * shape.head_dim;
   const Plan items = plan_items(work.items(), products * kPsPerProduct / work.items(), num_threads());
   parallel_for(work.items(), items.chunk, items.threads, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) work.run(table, i, qkv, rows.width, &kv, scale);
+    for (int64_t i = begin; i < end; ++i) work.run(table, i, qkv, rows.width, &cache, scale);
   });
   const Plan plan = plan_items(rows.tokens, width * kPsPerElement, num_threads());
   parallel_for(rows.tokens, plan.chunk, plan.threads, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) work.finish(table, t, out + t * width);
   });
+}
+
+}  // namespace
+
+void rope_store(float* qkv, const QkvRows& rows, const KvView& kv, int64_t position, const float* cos, const float* sin,
+                int64_t num_table_rows) {
+  check_rows(rows, kv, position);
+  store_rows(qkv, rows, {kv}, kv.head_dim, position, cos, sin, num_table_rows);
+}
+
+void rope_store(float* qkv, const QkvRows& rows, const PlanesTable& table, int64_t layer, int64_t position,
+                const float* cos, const float* sin, int64_t num_table_rows) {
+  check_rows(rows, table, layer, position);
+  store_rows(qkv, rows, {{}, &table, layer}, table.layout->head_dim(), position, cos, sin, num_table_rows);
+}
+
+void attention(const float* qkv, const QkvRows& rows, const KvView& kv, int64_t position, float scale, float* out) {
+  check_rows(rows, kv, position);
+  attend_rows(qkv, rows, {rows.heads, kv.kv_heads, kv.head_dim}, {kv}, position, scale, out);
+}
+
+void attention(const float* qkv, const QkvRows& rows, const PlanesTable& table, int64_t layer, int64_t position,
+               float scale, float* out) {
+  check_rows(rows, table, layer, position);
+  attend_rows(qkv, rows, {rows.heads, table.layout->kv_heads(), table.layout->head_dim()}, {{}, &table, layer},
+              position, scale, out);
 }
 
 }  // namespace taper

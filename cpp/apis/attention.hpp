@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "apis/planes_cache.hpp"
 #include "taper/kernels.hpp"
 
 namespace taper {
@@ -23,6 +24,13 @@ struct AttentionShape {
 
 // Throws std::invalid_argument unless all are positive and heads a multiple of kv_heads.
 void check_shape(const AttentionShape& shape);
+
+// One layer of a sequence's cache: arrays, or planes where `table` is not null.
+struct CacheView {
+  KvView arrays{};
+  const PlanesTable* table = nullptr;
+  int64_t layer = 0;
+};
 
 // Consecutive tokens of one sequence: rows row .. row + tokens - 1 of the activations.
 struct Span {
@@ -45,7 +53,8 @@ class AttentionWork {
   int64_t rows() const { return static_cast<int64_t>(chunks_of_row_.size()); }
 
   // q: rows of `q_stride` floats that begin with the query heads, after RoPE; caches: one for each span.
-  void run(const Kernels& kernels, int64_t item, const float* q, int64_t q_stride, const KvView* caches, float scale);
+  void run(const Kernels& kernels, int64_t item, const float* q, int64_t q_stride, const CacheView* caches,
+           float scale);
 
   // out (heads * head_dim): the attention of one row, when all items are done.
   void finish(const Kernels& kernels, int64_t row, float* out);
@@ -56,8 +65,10 @@ class AttentionWork {
   };
 
   void add_items(int64_t span, const Span& of);
-  void run_row(const Kernels& kernels, const Item& item, int64_t token, int64_t chunk, const float* q, const KvView& kv,
-               float scale);
+  void run_row(const Kernels& kernels, const Item& item, int64_t token, int64_t chunk, const float* q,
+               const CacheView& cache, float scale);
+  void run_chunk(const Kernels& kernels, const Item& item, int64_t position, int64_t chunk, const float* q,
+                 const CacheView& cache, float scale, const AttentionState& out) const;
   AttentionState state(int64_t row, int64_t part, int64_t head);
 
   AttentionShape shape_;
@@ -80,7 +91,20 @@ struct QkvRows {
 void rope_store(float* qkv, const QkvRows& rows, const KvView& kv, int64_t position, const float* cos, const float* sin,
                 int64_t num_table_rows);
 
+// The same over planes.
+void rope_store(float* qkv, const QkvRows& rows, const PlanesTable& table, int64_t layer, int64_t position,
+                const float* cos, const float* sin, int64_t num_table_rows);
+
+// One token of a sequence into its block.
+void store_token(const Kernels& kernels, float* qkv, int64_t heads, const CacheView& cache, int64_t position,
+                 const float* cos, const float* sin);
+
+// Rows up to which one thread may store on its own from `position` on: entries of sixteen share bytes of planes.
+int64_t rows_of_one_thread(const CacheView& cache, int64_t position, int64_t rows);
+
 // out (tokens, heads * head_dim).
 void attention(const float* qkv, const QkvRows& rows, const KvView& kv, int64_t position, float scale, float* out);
+void attention(const float* qkv, const QkvRows& rows, const PlanesTable& table, int64_t layer, int64_t position,
+               float scale, float* out);
 
 }  // namespace taper

@@ -71,9 +71,19 @@ void Decoder::check(const StepInput& input) const {
   require(!input.sequences.empty(), "a step needs at least one sequence");
   for (const StepSequence& sequence : input.sequences) {
     require(sequence.tokens >= 1, "a sequence brings ", sequence.tokens, " tokens, expected at least 1");
-    require(sequence.position >= 0 && sequence.position + sequence.tokens <= sequence.capacity, "positions ",
-            sequence.position, "..", sequence.position + sequence.tokens - 1, " are outside a KV cache of ",
-            sequence.capacity);
+    if (sequence.table != nullptr) {
+      const PlanesLayout& layout = *sequence.table->layout;
+      require(layout.layers() == static_cast<int64_t>(parts_.layers.size()) &&
+                  layout.kv_heads() == parts_.attention.kv_heads && layout.head_dim() == parts_.attention.head_dim,
+              "a KV cache is for ", layout.layers(), " layers of ", layout.kv_heads(), " heads of ", layout.head_dim(),
+              " elements, the model has ", parts_.layers.size(), " of ", parts_.attention.kv_heads, " of ",
+              parts_.attention.head_dim);
+      check_table(*sequence.table, sequence.position, sequence.tokens);
+    } else {
+      require(sequence.position >= 0 && sequence.position + sequence.tokens <= sequence.capacity, "positions ",
+              sequence.position, "..", sequence.position + sequence.tokens - 1, " are outside a KV cache of ",
+              sequence.capacity);
+    }
     require(sequence.position + sequence.tokens <= sequence.num_table_rows, "position ",
             sequence.position + sequence.tokens - 1, " is outside RoPE tables of ", sequence.num_table_rows, " rows");
   }

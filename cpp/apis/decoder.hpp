@@ -43,7 +43,7 @@ struct DecoderParts {
 };
 
 // The next tokens of one sequence. The cache holds all layers: (layers, 2, kv_heads, capacity, head_dim), keys first,
-// as in KvView; cos and sin are tables of num_table_rows positions.
+// as in KvView, or it is planes, where `table` is not null. cos and sin are tables of num_table_rows positions.
 struct StepSequence {
   int64_t tokens;
   int64_t position;
@@ -53,6 +53,7 @@ struct StepSequence {
   const float* cos;
   const float* sin;
   int64_t num_table_rows;
+  const PlanesTable* table = nullptr;
 };
 
 enum class Logits { none, last, all };  // of which tokens of each sequence

@@ -53,6 +53,10 @@ class Step final : public Program {
       spans.push_back({row, sequence.tokens, sequence.position});
       last.push_back({static_cast<int64_t>(last.size()), 1, sequence.position + sequence.tokens - 1});
       for (int64_t t = 0; t < sequence.tokens; ++t) places_.push_back({last.size() - 1, sequence.position + t});
+      for (int64_t t = 0; t < sequence.tokens;) {
+        t += rows_of_one_thread({{}, sequence.table}, sequence.position + t, sequence.tokens - t);
+        run_starts_.push_back(row + t);
+      }
       row += sequence.tokens;
     }
     work_.all.reset(spans);
@@ -132,7 +136,8 @@ class Step final : public Program {
         return begin_multiply(weights_.rows);
       case kRope:
         set_caches();
-        return split(rows_, plan_items(rows_, parts_.attention.qkv_width() * kPsPerElement, threads_));
+        return split(runs(),
+                     plan_items(runs(), rows_ * parts_.attention.qkv_width() * kPsPerElement / runs(), threads_));
       case kAttention:
         return split(attention_->items(), plan_items(attention_->items(), item_ps(), threads_));
       case kPrepareO:
@@ -187,7 +192,10 @@ class Step final : public Program {
       case kQkv:
         return multiply(begin, end, nullptr, qkv_);
       case kRope:
-        for (int64_t row = begin; row < end; ++row) rope(row);
+        for (int64_t row = run_starts_[static_cast<size_t>(begin)]; row < run_starts_[static_cast<size_t>(end)];
+             ++row) {
+          rope(row);
+        }
         return;
       case kAttention:
         for (int64_t i = begin; i < end; ++i) {
@@ -246,19 +254,25 @@ class Step final : public Program {
     const auto [sequence, position] = places_[static_cast<size_t>(row)];
     const StepSequence& of = input_.sequences[sequence];
     const int64_t half = parts_.attention.head_dim / 2;
-    kernels_.rope_store(qkv_ + row * parts_.attention.qkv_width(), parts_.attention.heads, caches_[sequence], position,
-                        of.cos + position * half, of.sin + position * half);
+    store_token(kernels_, qkv_ + row * parts_.attention.qkv_width(), parts_.attention.heads, caches_[sequence],
+                position, of.cos + position * half, of.sin + position * half);
   }
+
+  int64_t runs() const { return static_cast<int64_t>(run_starts_.size()) - 1; }
 
   // The caches' part of this layer.
   void set_caches() {
     const AttentionShape& shape = parts_.attention;
     for (size_t i = 0; i < caches_.size(); ++i) {
       const StepSequence& sequence = input_.sequences[i];
+      if (sequence.table != nullptr) {
+        caches_[i] = {{}, sequence.table, layer_};
+        continue;
+      }
       const int64_t bytes =
           shape.kv_heads * sequence.capacity * shape.head_dim * (sequence.type == KvType::f16 ? 2 : 4);
       char* keys = static_cast<char*>(sequence.cache) + layer_ * 2 * bytes;
-      caches_[i] = {keys, keys + bytes, sequence.type, shape.kv_heads, sequence.capacity, shape.head_dim};
+      caches_[i] = {{keys, keys + bytes, sequence.type, shape.kv_heads, sequence.capacity, shape.head_dim}};
     }
   }
 
@@ -297,8 +311,9 @@ class Step final : public Program {
   int64_t rows_;
   const PlanesView embedding_;
   float *x_, *qkv_, *mixed_, *gate_up_ = nullptr, *inner_ = nullptr;
-  std::vector<Place> places_;  // of the rows
-  std::vector<KvView> caches_;
+  std::vector<Place> places_;           // of the rows
+  std::vector<int64_t> run_starts_{0};  // rows that one thread stores, and the end
+  std::vector<CacheView> caches_;
   AttentionWork* attention_;
 
   // The phase at hand.

@@ -6,6 +6,7 @@
 
 #include "bindings/bindings.hpp"
 #include "bindings/matrices.hpp"
+#include "bindings/planes_cache.hpp"
 
 namespace taper {
 namespace {
@@ -93,13 +94,8 @@ class HeldDecoder {
   std::optional<Decoder> decoder_;
 };
 
-// (tokens, position, cache, cos, sin) as the step takes it; the buffers keep the arrays in place.
-StepSequence sequence_of(const DecoderParts& parts, nb::handle object, std::deque<Buffer>& buffers) {
-  const nb::tuple given = nb::cast<nb::tuple>(object);
-  require(given.size() == 5, "a sequence has ", given.size(), " parts, expected 5");
-  const Buffer& cache = buffers.emplace_back(Buffer(given[2], "cache", {Dtype::f16, Dtype::f32}, 5, true));
-  const Buffer& cos = buffers.emplace_back(borrow<float>(given[3], "cos", 2));
-  const Buffer& sin = buffers.emplace_back(borrow<float>(given[4], "sin", 2));
+// An array of all layers: (layers, 2, kv_heads, capacity, head_dim).
+void set_cache(const DecoderParts& parts, const Buffer& cache, StepSequence& sequence) {
   const AttentionShape& shape = parts.attention;
   const int64_t layers = static_cast<int64_t>(parts.layers.size());
   require(cache.shape(0) == layers && cache.shape(1) == 2 && cache.shape(2) == shape.kv_heads &&
@@ -107,16 +103,41 @@ StepSequence sequence_of(const DecoderParts& parts, nb::handle object, std::dequ
           "cache has shape (", cache.shape(0), ", ", cache.shape(1), ", ", cache.shape(2), ", ", cache.shape(3), ", ",
           cache.shape(4), "), expected (", layers, ", 2, ", shape.kv_heads, ", a multiple of ", kKeyBlock, ", ",
           shape.head_dim, ")");
-  require(cos.shape(1) == shape.head_dim / 2 && sin.shape(1) == cos.shape(1) && sin.shape(0) == cos.shape(0),
-          "cos has ", cos.shape(1), " columns, expected ", shape.head_dim / 2, " (half of head_dim), and sin as many");
-  return {nb::cast<int64_t>(given[0]),
-          nb::cast<int64_t>(given[1]),
-          cache.data(),
-          cache.dtype() == Dtype::f16 ? KvType::f16 : KvType::f32,
-          cache.shape(3),
-          cos.as<float>(),
-          sin.as<float>(),
-          cos.shape(0)};
+  sequence.cache = cache.data();
+  sequence.type = cache.dtype() == Dtype::f16 ? KvType::f16 : KvType::f32;
+  sequence.capacity = cache.shape(3);
+}
+
+// What the arrays of a step are kept in.
+struct Held {
+  std::deque<Buffer> buffers;
+  std::deque<PlanesTable> tables;
+};
+
+// (tokens, position, cache, cos, sin) as the step takes it; `held` keeps the arrays in place.
+StepSequence sequence_of(const DecoderParts& parts, nb::handle object, Held& held) {
+  const nb::tuple given = nb::cast<nb::tuple>(object);
+  require(given.size() == 5, "a sequence has ", given.size(), " parts, expected 5");
+  StepSequence made{};
+  made.tokens = nb::cast<int64_t>(given[0]);
+  made.position = nb::cast<int64_t>(given[1]);
+  if (nb::isinstance<PlanesBlocks>(given[2])) {
+    require(made.position >= 0 && made.tokens >= 1, "a sequence brings ", made.tokens, " tokens at position ",
+            made.position, ", expected at least 1 from 0 on");
+    const PlanesBlocks& blocks = nb::cast<const PlanesBlocks&>(given[2]);
+    made.table = &held.tables.emplace_back(blocks.table(made.position + made.tokens));
+  } else {
+    set_cache(parts, held.buffers.emplace_back(Buffer(given[2], "cache", {Dtype::f16, Dtype::f32}, 5, true)), made);
+  }
+  const Buffer& cos = held.buffers.emplace_back(borrow<float>(given[3], "cos", 2));
+  const Buffer& sin = held.buffers.emplace_back(borrow<float>(given[4], "sin", 2));
+  const int64_t half = parts.attention.head_dim / 2;
+  require(cos.shape(1) == half && sin.shape(1) == cos.shape(1) && sin.shape(0) == cos.shape(0), "cos has ",
+          cos.shape(1), " columns, expected ", half, " (half of head_dim), and sin as many");
+  made.cos = cos.as<float>();
+  made.sin = sin.as<float>();
+  made.num_table_rows = cos.shape(0);
+  return made;
 }
 
 Logits logits_of(const std::string& name) {
@@ -129,11 +150,11 @@ Logits logits_of(const std::string& name) {
 nb::object step(HeldDecoder& self, nb::handle tokens, nb::sequence sequences, nb::handle widths,
                 const std::string& logits, nb::handle times) {
   Decoder& decoder = self.decoder();
-  std::deque<Buffer> buffers;
+  Held held;
   const Buffer ids = borrow<int32_t>(tokens, "tokens", 1), bits = borrow<uint8_t>(widths, "widths", 1);
   StepInput input;
   input.tokens = ids.as<int32_t>();
-  for (nb::handle sequence : sequences) input.sequences.push_back(sequence_of(decoder.parts(), sequence, buffers));
+  for (nb::handle sequence : sequences) input.sequences.push_back(sequence_of(decoder.parts(), sequence, held));
   input.widths = bits.as<uint8_t>();
   input.num_widths = bits.size();
   input.logits = logits_of(logits);
