@@ -17,7 +17,7 @@ from schedules import plan, policy_of
 
 from taper.engine import LLM, Engine, Request
 from taper.engine.audit import ForcedTokens
-from taper.kvcache import KvCache
+from taper.kvcache import AnyCache
 from taper.precision import PrecisionPolicy
 from taper.tune.greedy import new_cache, run_prompt
 
@@ -42,7 +42,7 @@ class OnePrompt:
     def __init__(self, llm: LLM, prompt_ids: Sequence[int], reference_ids: Sequence[int], limit: int) -> None:
         self._llm, self._model = llm, llm.engine.model
         self.prompt_ids, self.reference_ids, self._limit = prompt_ids, reference_ids, limit
-        self._prompts: dict[float, tuple[KvCache, F32]] = {}
+        self._prompts: dict[float, tuple[AnyCache, F32]] = {}
 
     def forced(self, text: str) -> tuple[F32, Bits]:
         """Logits that each token of the reference has, float32 (tokens, vocab), and the bits of its pass.
@@ -64,7 +64,7 @@ class OnePrompt:
             at += count
         return np.concatenate(rows), bits
 
-    def prompt_at(self, bits: float) -> tuple[KvCache, F32]:
+    def prompt_at(self, bits: float) -> tuple[AnyCache, F32]:
         """The prompt's cache at these bits, nothing behind it, and the logits of its last token, (vocab,)."""
         if bits not in self._prompts:
             cache = new_cache(self._model, self.prompt_ids, self._limit)

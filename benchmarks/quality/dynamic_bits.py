@@ -123,8 +123,8 @@ class Bench:
         x = self.parts.embedding(tokens)
         for block, kv in zip(self.parts.blocks, cache.layers, strict=True):
             qkv = product(block.qkv, f"{block.name}.qkv", x)
-            block.attention.store(qkv, kv.keys, kv.values, 0, cos, sin)
-            x = product(block.o, f"{block.name}.o", block.attention(qkv, kv.keys, kv.values, 0), x)
+            block.attention.store(qkv, kv, 0, cos, sin)
+            x = product(block.o, f"{block.name}.o", block.attention(qkv, kv, 0), x)
             x = product(
                 block.down, f"{block.name}.down", product(block.gate_up, f"{block.name}.gate_up", x), x
             )
@@ -137,7 +137,7 @@ class Bench:
         cache, cos, sin = self._empty(len(tokens))
         rows = []
         for token, row in zip(tokens[:, None], widths, strict=True):
-            sequence = (1, cache.num_tokens, cache.array, cos, sin)
+            sequence = (1, cache.num_tokens, cache.native, cos, sin)
             logits, _ = self.parts.native.step(token, [sequence], np.ascontiguousarray(row), "last", None)
             cache.advance(1)
             rows.append(logits[0])

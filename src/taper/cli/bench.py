@@ -12,16 +12,26 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from taper import __version__
-from taper.cli.options import CountList, WidthList, json_option, model_path, set_threads, threads_option
+from taper.cli.options import (
+    CountList,
+    WidthList,
+    json_option,
+    kv_option,
+    model_path,
+    set_threads,
+    threads_option,
+)
 from taper.cli.terminal import file_size, note, table
 from taper.errors import DoesNotFitError, UsageError
 
 if TYPE_CHECKING:
-    from taper.kvcache import KvCache
+    from taper.kvcache import AnyCache
     from taper.models import Decoder
     from taper.precision import Bits, PrecisionPolicy
 
 # Arbitrary; the speed does not depend on the tokens, but the same ones make runs comparable.
+# Random entries of a cache that are made at a time.
+_FILLED_ROWS = 256
 _SEED = 0
 # One verification takes about as long as one token: so many make a repetition that a clock can tell.
 _VERIFY_PASSES = 16
@@ -110,6 +120,7 @@ class Row:
     "--repeat", type=click.IntRange(1), default=5, show_default=True, help="Repetitions after a warm-up."
 )
 @click.option("--stages", is_flag=True, help="Also say what the time of a pass goes to.")
+@kv_option
 @threads_option
 @json_option
 def command(
@@ -117,6 +128,7 @@ def command(
     bits: tuple[float, ...] | None,
     policy: str | None,
     verify: tuple[int, ...] | None,
+    kv: str | None,
     threads: int | None,
     as_json: bool,
     **counts: Any,
@@ -132,7 +144,7 @@ def command(
     set_threads(threads)
     file = TaperFile.open(model_path(model))
     note(file.notice())
-    decoder = Decoder.from_taper(file)
+    decoder = Decoder.from_taper(file, kv=kv)
     plan = Plan(_policies(decoder, bits, policy), verify=verify or (), **counts)
     _check(plan, decoder)
     rows = []
@@ -264,7 +276,7 @@ class _Reader:
 
         return run
 
-    def _bits(self, cache: KvCache, num_generated: int, max_tokens: int) -> Bits:
+    def _bits(self, cache: AnyCache, num_generated: int, max_tokens: int) -> Bits:
         from taper.precision import StepContext
 
         decoder = self.decoder
@@ -280,25 +292,28 @@ class _Reader:
             )
         )
 
-    def _count(self, work: _Work, bits: Bits, num_tokens: int, caches: Sequence[KvCache]) -> None:
+    def _count(self, work: _Work, bits: Bits, num_tokens: int, caches: Sequence[AnyCache]) -> None:
         work.bits.append(bits if isinstance(bits, int | float) else self.decoder.bits_per_weight(bits))
         work.num_tokens += num_tokens
         work.num_bytes += self.decoder.bytes_per_pass(bits)
         work.num_bytes += sum(cache.bytes_read(cache.num_tokens) for cache in caches)
 
-    def _cache(self, room: int) -> KvCache:
+    def _cache(self, room: int) -> AnyCache:
         """A cache with room behind `depth` random entries, over which attention takes as long as over real
         ones.
         """
         import numpy as np
 
-        from taper.kvcache import KEY_BLOCK
-
-        cache = self.decoder.new_cache(self.depth + room)
+        cache, config = self.decoder.new_cache(self.depth + room), self.decoder.config
         generator = np.random.default_rng(_SEED)
-        rows = -(-self.depth // KEY_BLOCK) * KEY_BLOCK
-        for array in cache.array.reshape(-1, *cache.array.shape[3:]):
-            array[:rows] = generator.standard_normal((rows, array.shape[1]), np.float32)
+        cache.require(self.depth)
+        half = config.head_dim // 2
+        cos, sin = np.ones((self.depth, half), np.float32), np.zeros((self.depth, half), np.float32)
+        for layer in cache.layers:
+            for begin in range(0, self.depth, _FILLED_ROWS):
+                shape = (min(_FILLED_ROWS, self.depth - begin), config.qkv_features)
+                rows = generator.standard_normal(shape, np.float32)
+                layer.store(rows, config.num_heads, begin, cos, sin)
         cache.advance(self.depth)
         return cache
 

@@ -19,7 +19,7 @@ from taper.cli.evaluation import (
     in_blocks,
     store_card,
 )
-from taper.cli.options import WidthList, model_path, set_threads, threads_option
+from taper.cli.options import WidthList, kv_option, model_path, set_threads, threads_option
 from taper.cli.terminal import progress_bar
 from taper.errors import UsageError
 
@@ -44,6 +44,7 @@ class EvalOptions:
     tasks: tuple[str, ...]
     max_items: int | None
     generation: int | None
+    kv: str | None = None
 
 
 @click.command("eval")
@@ -85,6 +86,7 @@ class EvalOptions:
     metavar="[OUT]",
     help="Write JSON to OUT; without OUT, print it instead of text.",
 )
+@kv_option
 @threads_option
 def command(
     model: str | None,
@@ -100,6 +102,7 @@ def command(
     png: str | None,
     write_card: bool,
     json_out: str | None,
+    kv: str | None,
     threads: int | None,
 ) -> None:
     """Measure MODEL (a .taper file or a Hugging Face folder; default: the one in the package).
@@ -110,7 +113,7 @@ def command(
     set_threads(threads)
     names = tuple(name for name in (tasks or "").split(",") if name)
     options = EvalOptions(
-        model_path(model), also, text, bits, protocol, against, max_blocks, names, max_items, generation
+        model_path(model), also, text, bits, protocol, against, max_blocks, names, max_items, generation, kv
     )
     _check(options, png, write_card)
     found = _evaluate(options)
@@ -162,6 +165,7 @@ def _evaluate(options: EvalOptions) -> Evaluation:
                         against=options.against,
                         max_blocks=options.max_blocks,
                         progress=in_blocks(update),
+                        kv=options.kv,
                     )
                 reports.append((file, report))
     return Evaluation(

@@ -110,6 +110,16 @@ def threads_option(function: F) -> F:
     return option(function)
 
 
+def kv_option(function: F) -> F:
+    """--kv, for commands that run a model."""
+    option = click.option(
+        "--kv",
+        metavar="KV",
+        help="KV cache: float16, or planes such as 7, k7v5, 7,4@128; default: the file's.",
+    )
+    return option(function)
+
+
 def json_option(function: F) -> F:
     """--json, for results that a program reads."""
     return click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")(function)

@@ -14,7 +14,7 @@ import click
 
 from taper.cli.answer import closing_line, show
 from taper.cli.damage import report_audit
-from taper.cli.options import MEMORY_BUDGET, json_option, model_path, set_threads, threads_option
+from taper.cli.options import MEMORY_BUDGET, json_option, kv_option, model_path, set_threads, threads_option
 from taper.cli.terminal import note, waiting_line
 from taper.errors import DoesNotFitError, ModelNotFoundError, UsageError
 
@@ -105,6 +105,7 @@ def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
     is_flag=True,
     help="Read the answer again at all bits: what did fewer cost? With --show-bits, by token.",
 )
+@kv_option
 @threads_option
 @json_option
 def command(
@@ -119,6 +120,7 @@ def command(
     refresh: bool,
     memory_budget: int | Literal["auto"] | None,
     audit: bool,
+    kv: str | None,
     threads: int | None,
     as_json: bool,
     **sampling: Any,
@@ -143,7 +145,7 @@ def command(
         # What is given a policy or a seed, or read by a program, must not depend on the speed of a disk; an
         # audit compares with all the bits that are there.
         progressive_load = asked is None and sampling["seed"] is None and not (as_json or audit)
-    llm = _load(model, progressive_load, memory_budget)
+    llm = _load(model, progressive_load, memory_budget, kv)
     options = RunOptions(
         asked,
         max_tokens,
@@ -240,12 +242,16 @@ def _asked_policy(policy: str | None, bits: float | None) -> str | None:
     return policy if bits is None else f"fixed:{bits:.9g}"
 
 
-def _load(model: str | None, progressive: bool, memory_budget: int | Literal["auto"] | None) -> LLM:
+def _load(
+    model: str | None, progressive: bool, memory_budget: int | Literal["auto"] | None, kv: str | None
+) -> LLM:
     """Load the model, and say on a terminal what is being waited for."""
     from taper.engine import load
 
     with waiting_line("waiting for the first planes") as update:
-        llm = load(model_path(model), progressive=progressive, memory_budget=memory_budget, waiting=update)
+        llm = load(
+            model_path(model), progressive=progressive, memory_budget=memory_budget, waiting=update, kv=kv
+        )
     note(llm.notice)
     return llm
 

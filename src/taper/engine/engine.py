@@ -202,10 +202,13 @@ class Engine:
         """A new KV cache, or the prepared one where it begins as this prompt does."""
         num_tokens = len(sequence.prompt_ids) + sequence.max_tokens
         prepared, self._prepared = self._prepared, None
-        if prepared is not None and prepared.bits == self._bits(sequence, "prefill", 0, None):
+        reading = sequence.request.kv
+        assert not isinstance(reading, str)
+        wanted = reading is None and prepared is not None
+        if prepared is not None and wanted and prepared.bits == self._bits(sequence, "prefill", 0, None):
             sequence.prompt_bits.append(prepared.bits)
             return prepared.take(sequence.prompt_ids, num_tokens)
-        return ModelRunner(self.model, num_tokens)
+        return ModelRunner(self.model, num_tokens, reading)
 
     def _run(self, sequence: Sequence, runner: ModelRunner) -> Generator[StepOutput, None, None]:
         for start in range(runner.position, len(sequence.prompt_ids), self._prefill_chunk_tokens):

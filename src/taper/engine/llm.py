@@ -214,6 +214,7 @@ def load(
     progressive: bool = False,
     memory_budget: int | Literal["auto"] | None = None,
     waiting: Progress = lambda there, needed: None,
+    kv: str | None = None,
 ) -> LLM:
     """Load a model.
 
@@ -228,6 +229,8 @@ def load(
             Planes above what fits are not kept in memory; a request that wants them is refused or, with
             `allow_lower_bits`, gets fewer bits.
         waiting: called with the bytes that are there and those that the first planes need.
+        kv: format of the KV cache: `float16`, or magnitude bits of planes such as `7`, `k7v5` or `7,4@128`
+            (docs/kv.md); None takes the file's own, else float16.
 
     Raises:
         ModelNotFoundError: nothing there, or no model.
@@ -241,20 +244,22 @@ def load(
             raise UsageError(
                 f"{path} is a folder: it has one width to run at", "a budget needs a .taper file"
             )
+        if kv is not None:
+            raise UsageError(f"{path} is a folder: its KV cache is float32", "kv needs a .taper file")
         checkpoint = HfCheckpoint.open(path)
         return LLM(Decoder.from_hf(checkpoint), checkpoint.tokenizer_json, checkpoint.chat_template)
     arrival = begun_arrival(path, verify, waiting) if progressive else None
     if arrival is not None and not arrival.is_whole:
-        return _arriving(arrival, memory_budget)
+        return _arriving(arrival, memory_budget, kv)
     file = TaperFile.open(path, verify=verify) if arrival is None else arrival.open()
     limits = Limits(budget=_budget(file, file, memory_budget))
-    decoder = Decoder.from_taper(file)
+    decoder = Decoder.from_taper(file, kv=kv)
     return _llm(decoder, file, file.notice(), limits)
 
 
-def _arriving(arrival: Arrival, memory_budget: int | Literal["auto"] | None) -> LLM:
+def _arriving(arrival: Arrival, memory_budget: int | Literal["auto"] | None, kv: str | None) -> LLM:
     """A model that runs while its file comes in."""
-    decoder, notice = ArrivingDecoder(arrival), arrival.notice()
+    decoder, notice = ArrivingDecoder(arrival, kv), arrival.notice()
     file = decoder.file
     limits = Limits(lambda: decoder.available_bits, _budget(file, decoder, memory_budget))
     decoder.follow()

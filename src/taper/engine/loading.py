@@ -28,10 +28,12 @@ class ArrivingDecoder:
 
     Args:
         arrival: at least the least width is available.
+        kv: format of the KV cache, as `Decoder.from_taper` takes it.
     """
 
-    def __init__(self, arrival: Arrival) -> None:
+    def __init__(self, arrival: Arrival, kv: str | None = None) -> None:
         self._arrival = arrival
+        self._kv = kv
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
         self._error: str | None = None
@@ -109,7 +111,7 @@ class ArrivingDecoder:
     def _take(self) -> None:
         """Built first, then put in place by one assignment: a pass in another thread has either of them."""
         self.file = self._arrival.open()
-        self._decoder = Decoder.from_taper(self.file)
+        self._decoder = Decoder.from_taper(self.file, kv=self._kv)
 
 
 def begun_arrival(path: Path, verify: bool, waiting: Progress) -> Arrival:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from taper.config import ModelConfig
+from taper.kvcache import KvPlanes
 from taper.precision import Bits, KvEntries, LayerBits
 
 
@@ -22,6 +23,14 @@ class Cache(Protocol):
 
     def bytes_read(self, num_tokens: int) -> int:
         """Bytes that attention over `num_tokens` entries reads."""
+        ...
+
+    def bytes_at(self, num_tokens: int) -> int:
+        """Bytes that so many entries take."""
+        ...
+
+    def keeps(self, num_tokens: int) -> int:
+        """The largest number of entries up to `num_tokens` that `truncate` takes."""
         ...
 
     def truncate(self, num_tokens: int) -> None:
@@ -46,8 +55,8 @@ class Model(Protocol):
         """Whether it can be read at a fraction of bits."""
         ...
 
-    def new_cache(self, max_tokens: int) -> Any:
-        """An empty cache."""
+    def new_cache(self, max_tokens: int, reading: KvPlanes | None = None) -> Any:
+        """An empty cache, of which so much is read."""
         ...
 
     def forward(
@@ -71,12 +80,18 @@ class ModelRunner:
     Args:
         model: shared between runners.
         num_tokens: that the cache must hold.
+        reading: bits that are read of a cache of planes; None reads all that is stored.
+
+    Raises:
+        UsageError, DoesNotFitError: as `Decoder.new_cache`.
     """
 
-    def __init__(self, model: Model, num_tokens: int) -> None:
+    def __init__(self, model: Model, num_tokens: int, reading: KvPlanes | None = None) -> None:
         self._model = model
         self._num_tokens = num_tokens
-        self._cache: Cache | None = model.new_cache(num_tokens)
+        self._cache: Cache | None = (
+            model.new_cache(num_tokens) if reading is None else model.new_cache(num_tokens, reading)
+        )
         # Asked once a width: the sum over all matrices would cost more than a decode step of a small model's
         # layer.
         self._weight_bytes: dict[Bits, int] = {}
@@ -96,7 +111,7 @@ class ModelRunner:
     def kv_bytes(self) -> int:
         """Bytes of the KV cache when it is full."""
         assert self._cache is not None
-        return self._cache.bytes_read(self._num_tokens)
+        return self._cache.bytes_at(self._num_tokens)
 
     def expect(self, num_tokens: int) -> None:
         """Count on so many tokens at most, of those that the cache was made for."""
@@ -120,6 +135,11 @@ class ModelRunner:
         logits = self._model.forward(np.asarray(tokens, np.int32), self._cache, bits, "all")
         assert logits is not None
         return logits
+
+    def keeps(self, position: int) -> int:
+        """The position up to `position` that `truncate` can go back to."""
+        assert self._cache is not None
+        return self._cache.keeps(position)
 
     def truncate(self, position: int) -> None:
         """Drop the KV entries from `position` on."""

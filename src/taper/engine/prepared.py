@@ -43,6 +43,6 @@ class PreparedPrompt:
         """
         pairs = zip(self._ids[: self._runner.position], prompt_ids[:-1], strict=False)
         shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-        self._runner.truncate(shared)
+        self._runner.truncate(self._runner.keeps(shared))
         self._runner.expect(num_tokens)
         return self._runner

@@ -10,6 +10,7 @@ from numbers import Integral, Real
 
 from taper.engine.sampling_params import SamplingParams
 from taper.errors import UsageError
+from taper.kvcache import KvPlanes, parse_kv
 from taper.precision import PrecisionPolicy
 
 
@@ -36,9 +37,11 @@ class Request:
         audit: when the answer is complete, read it once more at `audit_bits` and report what the used bits
             have cost (`Completion.audit`).
         audit_bits: what the audit compares with; None takes the largest width that can be read by then.
+        kv: what is read of a KV cache of planes, as `parse_kv` reads it, such as 4 where 7 bits are stored;
+            None reads all that is stored.
 
     Raises:
-        UsageError: `max_tokens` below 1, `audit_bits` without `audit`.
+        UsageError: `max_tokens` below 1, `audit_bits` without `audit`, a `kv` that is no magnitude bits.
     """
 
     prompt: str | SequenceOf[int]
@@ -54,6 +57,7 @@ class Request:
     refresh: bool = False
     audit: bool = False
     audit_bits: float | None = None
+    kv: KvPlanes | str | None = None
     _cancelled: threading.Event = field(default_factory=threading.Event, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -63,6 +67,8 @@ class Request:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         self._check_audit_bits()
+        if isinstance(self.kv, str):
+            object.__setattr__(self, "kv", _reading(self.kv))
 
     def _check_audit_bits(self) -> None:
         bits = self.audit_bits
@@ -81,3 +87,10 @@ class Request:
     def is_cancelled(self) -> bool:
         """Whether `cancel` was called."""
         return self._cancelled.is_set()
+
+
+def _reading(text: str) -> KvPlanes:
+    reading = parse_kv(text)
+    if reading is None:
+        raise UsageError(f"kv is {text!r}; a request reads magnitude bits", "give bits such as 7 or 7,4@128")
+    return reading

@@ -49,7 +49,7 @@ def footprint(decoder: Decoder, bits: float, context_tokens: int, surplus_bytes:
         DoesNotFitError: the context is longer than the model's.
         UsageError: bits that the file cannot be read at.
     """
-    kv_bytes = context_tokens * decoder.new_cache(context_tokens).token_bytes
+    kv_bytes = decoder.new_cache(context_tokens).bytes_at(context_tokens)
     return Footprint(decoder.bytes_per_pass(bits), kv_bytes, surplus_bytes)
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from taper.errors import UsageError
 from taper.evaluate.divergence import log_likelihoods, log_normalisers
 from taper.evaluate.sequences import common_prefix
-from taper.kvcache import KvCache
+from taper.kvcache import AnyCache
 from taper.models import Decoder
 from taper.models.decoder import Logits
 from taper.tokenizer import Tokenizer
@@ -52,7 +52,7 @@ class Scorer:
     decoder: Decoder
     tokenizer: Tokenizer
     bits: float
-    _cache: KvCache = field(init=False)
+    _cache: AnyCache = field(init=False)
     _read: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:

@@ -18,7 +18,7 @@ from taper.evaluate.statistics import mean_of_blocks, quantiles_of_blocks
 from taper.formats.container import TaperFile
 from taper.formats.huggingface import HfCheckpoint
 from taper.formats.text import read_text
-from taper.kvcache import KvCache
+from taper.kvcache import AnyCache
 from taper.models import Decoder
 from taper.models.parts import FLOAT_BITS
 from taper.tokenizer import Tokenizer
@@ -102,6 +102,7 @@ def measure_perplexity(
     against: str | Path | None = None,
     max_blocks: int | None = None,
     progress: Callable[[int, int, float], None] | None = None,
+    kv: str | None = None,
 ) -> PerplexityReport:
     """Measure a `.taper` file at several widths, or a Hugging Face folder in float32.
 
@@ -113,12 +114,13 @@ def measure_perplexity(
         against: the float checkpoint's folder: adds its own result, and KL and top-1 agreement with it.
         max_blocks: measure the first blocks only.
         progress: called as progress(blocks done, blocks in all, seconds left).
+        kv: as `open_model` takes it.
 
     Raises:
         UsageError: a width outside the file, a model without a tokenizer, or less text than one block.
         ModelNotFoundError, CorruptFileError: as opening the model does.
     """
-    opened, tokenizer = open_model(model)
+    opened, tokenizer = open_model(model, kv)
     readers = [Reader(opened, width) for width in checked_widths(opened, bits)]
     if against is not None:
         reference = Decoder.from_hf(HfCheckpoint.open(against))
@@ -171,7 +173,7 @@ class Reader:
     block_nll: list[float] = field(default_factory=list)
     divergences: list[Float32] = field(default_factory=list)
     agreements: list[Bool] = field(default_factory=list)
-    _cache: KvCache | None = None
+    _cache: AnyCache | None = None
 
     def start(self, block_tokens: int) -> None:
         """Begin a block with an empty cache."""
@@ -277,18 +279,26 @@ def _exponential(logarithms: Float64) -> tuple[float, float | None]:
     return value, None if mean.standard_error is None else value * mean.standard_error
 
 
-def open_model(model: str | Path) -> tuple[Decoder, Tokenizer]:
+def open_model(model: str | Path, kv: str | None = None) -> tuple[Decoder, Tokenizer]:
     """The decoder and tokenizer of a `.taper` file or a Hugging Face folder (run in float32).
 
+    Args:
+        model: the file or the folder.
+        kv: of a file, the format of the KV cache as `Decoder.from_taper` takes it.
+
     Raises:
-        UsageError: a model without a tokenizer.
+        UsageError: a model without a tokenizer, a KV format for a folder.
         ModelNotFoundError, CorruptFileError: as opening the model does.
     """
     path = Path(model)
     source = HfCheckpoint.open(path) if path.is_dir() else TaperFile.open(path)
     if source.tokenizer_json is None:
         raise UsageError(f"{model} holds no tokenizer, so text cannot be read", hint="add its tokenizer.json")
-    decoder = Decoder.from_taper(source) if isinstance(source, TaperFile) else Decoder.from_hf(source)
+    if isinstance(source, TaperFile):
+        return Decoder.from_taper(source, kv=kv), Tokenizer(source.tokenizer_json)
+    if kv is not None:
+        raise UsageError(f"{path} is a folder: its KV cache is float32", "--kv needs a .taper file")
+    decoder = Decoder.from_hf(source)
     return decoder, Tokenizer(source.tokenizer_json)
 
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from taper.config import ModelConfig
 from taper.errors import UsageError
+from taper.formats.activations import ActivationBits
 from taper.formats.learned import LearnedScheduler
 from taper.formats.outliers import OutlierRows
 from taper.formats.safetensors_header import DTYPE_BYTES, TensorEntry
@@ -195,6 +196,7 @@ class TaperHeader:
         gains: names of the matrices whose inputs are scaled column by column.
         offsets: names of the matrices with a bias for each width.
         learned: what decides the widths of the policy `learned`.
+        activations: bits of activations and of the KV cache.
     """
 
     config: ModelConfig
@@ -214,6 +216,7 @@ class TaperHeader:
     gains: frozenset[str] = frozenset()
     offsets: frozenset[str] = frozenset()
     learned: LearnedScheduler | None = None
+    activations: ActivationBits = field(default_factory=ActivationBits)
 
     @property
     def matrices(self) -> list[MatrixSpec]:

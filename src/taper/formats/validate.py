@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from taper.config import ModelConfig, RopeConfig
 from taper.errors import CorruptFileError, ModelNotFoundError
+from taper.formats.activations import ActivationBits
 from taper.formats.learned import LearnedScheduler
 from taper.formats.safetensors_header import SafetensorsHeader, TensorEntry
 from taper.formats.sensitivity import Sensitivity, checked_figures
@@ -154,6 +155,7 @@ def _header(metadata: dict[str, str]) -> TaperHeader:
         gains=_flagged(matrices, "gain"),
         offsets=_flagged(matrices, "offsets"),
         learned=_learned(metadata, config),
+        activations=_activations(metadata),
         **_measurements(
             metadata, {spec.name: spec for spec in expected_matrices(config, planes, rotated)}, levels
         ),
@@ -213,6 +215,12 @@ def _ceilings(matrices: list[Any], config: ModelConfig, levels: range, rotated: 
     if len(planes) == len(matrices):
         raise ValueError(f"no matrix has the {levels[-1]} planes of the file")
     return planes
+
+
+def _activations(metadata: dict[str, str]) -> ActivationBits:
+    if "activations" not in metadata:
+        return ActivationBits()
+    return ActivationBits.from_dict(_json(metadata, "activations", dict))
 
 
 def _learned(metadata: dict[str, str], config: ModelConfig) -> LearnedScheduler | None:

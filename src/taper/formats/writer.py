@@ -333,6 +333,7 @@ def _metadata(header: TaperHeader, digests: Mapping[str, str]) -> dict[str, str]
         "sensitivity": None if header.sensitivity is None else _json(header.sensitivity.to_dict()),
         "relative_errors": _json(header.relative_errors) if header.relative_errors else None,
         "learned": None if header.learned is None else _json(header.learned.to_dict()),
+        "activations": _json(header.activations.to_dict()) if header.activations.to_dict() else None,
         "digests": _json(dict(digests)),
         "header_sha256": "0" * 64,
     }

@@ -90,7 +90,7 @@ class Decoder:
     def step(
         self,
         tokens: NDArray[np.int32],
-        sequences: Sequence[tuple[int, int, NDArray[Any], Float32, Float32]],
+        sequences: Sequence[tuple[int, int, NDArray[Any] | PlanesBlocks, Float32, Float32]],
         widths: NDArray[np.uint8],
         logits: str,
         times: dict[str, int] | None = None,
@@ -155,3 +155,28 @@ def fit_row_tables(
     greedy: bool,
     seed: int,
 ) -> tuple[NDArray[np.uint8], Float32]: ...
+
+class PlanesLayout:
+    def __init__(self, kv_heads: int, head_dim: int, layers: Sequence[tuple[int, int, int, int]]) -> None: ...
+    @property
+    def upper_bytes(self) -> int: ...
+    @property
+    def lower_bytes(self) -> int: ...
+
+class PlanesBlocks:
+    def __init__(
+        self,
+        layout: PlanesLayout,
+        upper: NDArray[np.uint8],
+        lower: NDArray[np.uint8] | None,
+        table: NDArray[np.int32],
+        bits: NDArray[np.uint8],
+        window: int,
+    ) -> None: ...
+
+def planes_rope_store(
+    qkv: Float32, heads: int, blocks: PlanesBlocks, layer: int, position: int, cos: Float32, sin: Float32
+) -> None: ...
+def planes_attention(
+    qkv: Float32, heads: int, blocks: PlanesBlocks, layer: int, position: int, scale: float
+) -> Float32: ...

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from taper.errors import UsageError
 from taper.kernels import _native
+from taper.kernels.planes import PlanesBlocks
 
 Float32 = NDArray[np.float32]
 
@@ -163,3 +164,27 @@ def attention(
     scores.
     """
     return _native.attention(qkv, heads, keys, values, position, scale)
+
+
+def planes_rope_store(
+    qkv: Float32, heads: int, blocks: PlanesBlocks, layer: int, position: int, cos: Float32, sin: Float32
+) -> None:
+    """As `rope_store` into the blocks of a KV cache of planes, which hold the positions' parts; queries and
+    keys are rotated by a Hadamard matrix, too (docs/numerics.md, "KV cache as planes").
+
+    Args:
+        qkv: (T, (heads + 2 KV) * D).
+        heads: query heads.
+        blocks: of the sequence.
+        layer: which.
+        position: of the first token.
+        cos, sin: as in `rope_store`.
+    """
+    _native.planes_rope_store(qkv, heads, blocks, layer, position, cos, sin)
+
+
+def planes_attention(
+    qkv: Float32, heads: int, blocks: PlanesBlocks, layer: int, position: int, scale: float
+) -> Float32:
+    """As `attention` over the blocks of a KV cache of planes; arguments as in `planes_rope_store`."""
+    return _native.planes_attention(qkv, heads, blocks, layer, position, scale)

@@ -305,7 +305,7 @@ def attention(
             state = _attend(rows[t, h], k[:ATTENTION_CHUNK], v[:ATTENTION_CHUNK], scale)
             for begin in range(ATTENTION_CHUNK, seen, ATTENTION_CHUNK):
                 chunk = slice(begin, begin + ATTENTION_CHUNK)
-                state = _merged(state, _attend(rows[t, h], k[chunk], v[chunk], scale))
+                state = merged(state, _attend(rows[t, h], k[chunk], v[chunk], scale))
             out[t, h] = state[2] * (np.float32(1) / state[1])
     return out.reshape(qkv.shape[0], -1)
 
@@ -318,16 +318,22 @@ def _attend(q: Float32, keys: Float32, values: Float32, scale: float) -> _State:
     scores = np.zeros(len(keys), np.float32)
     for i in range(len(q)):
         scores = fma(q[i], keys[:, i], scores)
-    scores = scores * np.float32(scale)
-    most = np.fmax.reduce(scores, initial=np.float32(-np.inf))
-    weights = exp(scores - most)
+    most, total, weights = softmax(scores * np.float32(scale))
     acc = np.zeros(len(q), np.float32)
     for weight, value in zip(weights, values, strict=True):
         acc = fma(weight, value, acc)
-    return most, sum16(weights), acc
+    return most, total, acc
 
 
-def _merged(into: _State, chunk: _State) -> _State:
+def softmax(scores: Float32) -> tuple[Float32, Float32, Float32]:
+    """Of one chunk: the largest score, the sum of the weights, and the weights."""
+    most = np.fmax.reduce(scores, initial=np.float32(-np.inf))
+    weights = exp(scores - most)
+    return most, sum16(weights), weights
+
+
+def merged(into: _State, chunk: _State) -> _State:
+    """The state after a later chunk."""
     most = chunk[0] if chunk[0] > into[0] else into[0]
     a, b = exp(np.array([into[0] - most, chunk[0] - most], np.float32))
     return most, fma(into[1], a, chunk[1] * b), fma(into[2], a, chunk[2] * b)

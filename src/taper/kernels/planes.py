@@ -31,10 +31,19 @@ Outliers = _native.Outliers
 # down, each, as the head, (planes, outliers or None, signs or None, block, eps or None, gain or None, {bits:
 # magnitude bits of the activations}); eps None is no norm. step(tokens, sequences, widths, logits, times):
 # tokens: int32, those of the sequences one after another; a sequence: (number of tokens, position, cache
-# array, cos, sin); widths: uint8, planes of qkv, o, gate_up, down of each layer and of the head; logits:
+# array or PlanesBlocks, cos, sin); widths: uint8, planes of qkv, o, gate_up, down of each layer and of the head; logits:
 # "last", "all" or "none" of each sequence; times: a dict of ns by stage that is added to, or None. Returns
 # float32 (rows, vocab) or None and whether the result is finite, and writes the caches.
 Decoder = _native.Decoder
+# PlanesLayout(kv_heads, head_dim, layers): what a block of a KV cache of planes holds; layers: (bits of keys,
+# those in the upper part, bits of values, those in the upper part) each. upper_bytes, lower_bytes: of a
+# block's parts.
+# PlanesBlocks(layout, upper, lower, table, bits, window): the blocks of one sequence. upper, lower: uint8
+# (parts, bytes), lower None where the layout has none; table: int32 (2, blocks), which parts, -1 for none,
+# read at each call; bits: uint8 (layers, 4), read of keys, values, old keys, old values; window: blocks that
+# lie this many entries back are old. All are kept alive.
+PlanesLayout = _native.PlanesLayout
+PlanesBlocks = _native.PlanesBlocks
 
 
 def pack_planes(codes: NDArray[np.uint8], parent_bits: int) -> list[NDArray[np.uint8]]:

@@ -1,5 +1,26 @@
-"""KV cache of a sequence."""
+"""KV caches of sequences: arrays of floats, or planes in paged blocks."""
 
 from taper.kvcache.cache import KEY_BLOCK, KvCache, KvLayer
+from taper.kvcache.format import FLOAT16, MAX_KV_BITS, KvPlanes, parse_kv
+from taper.kvcache.planes import BLOCK_ENTRIES, PlanesCache, PlanesLayer, planes_layout
+from taper.kvcache.pool import KvPool
 
-__all__ = ["KEY_BLOCK", "KvCache", "KvLayer"]
+AnyCache = KvCache | PlanesCache
+AnyLayer = KvLayer | PlanesLayer
+
+__all__ = [
+    "BLOCK_ENTRIES",
+    "FLOAT16",
+    "KEY_BLOCK",
+    "MAX_KV_BITS",
+    "AnyCache",
+    "AnyLayer",
+    "KvCache",
+    "KvLayer",
+    "KvPlanes",
+    "KvPool",
+    "PlanesCache",
+    "PlanesLayer",
+    "parse_kv",
+    "planes_layout",
+]

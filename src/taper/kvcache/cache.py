@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import mmap
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from taper.errors import DoesNotFitError, UsageError
+from taper.kernels import attention, rope_store
+from taper.kvcache.memory import anonymous
 
+F32 = npt.NDArray[np.float32]
 KvArray = npt.NDArray[np.float16] | npt.NDArray[np.float32]
 
 
@@ -23,6 +25,29 @@ class KvLayer(NamedTuple):
 
     keys: KvArray
     values: KvArray
+
+    def store(self, qkv: F32, num_heads: int, position: int, cos: F32, sin: F32) -> None:
+        """Rotate queries and keys of consecutive tokens; write keys and values.
+
+        Args:
+            qkv: (tokens, (num_heads + 2 kv_heads) * head_dim), queries, keys, values; overwritten.
+            num_heads: query heads.
+            position: of the first token.
+            cos: (rows >= position + tokens, head_dim / 2).
+            sin: as `cos`.
+        """
+        rope_store(qkv, num_heads, self.keys, self.values, position, cos, sin)
+
+    def attention(self, qkv: F32, num_heads: int, position: int, scale: float) -> F32:
+        """Float32 (tokens, num_heads * head_dim): each token sees the entries up to its own.
+
+        Args:
+            qkv: rows that `store` has rotated.
+            num_heads: query heads.
+            position: of the first of these rows.
+            scale: multiplies the scores.
+        """
+        return attention(qkv, num_heads, self.keys, self.values, position, scale)
 
 
 class KvCache:
@@ -58,7 +83,7 @@ class KvCache:
         self.token_bytes = 2 * num_layers * num_kv_heads * head_dim * np.dtype(dtype).itemsize
         self._num_tokens = 0
         blocks = -(-capacity // KEY_BLOCK)
-        memory = _anonymous(blocks * KEY_BLOCK * self.token_bytes).view(dtype)
+        memory = anonymous(blocks * KEY_BLOCK * self.token_bytes).view(dtype)
         self.array: KvArray = memory.reshape(num_layers, 2, num_kv_heads, blocks * KEY_BLOCK, head_dim)
         keys = (num_kv_heads, blocks, head_dim, KEY_BLOCK)
         self.layers = tuple(KvLayer(layer[0].reshape(keys), layer[1]) for layer in self.array)
@@ -72,6 +97,19 @@ class KvCache:
     def bytes_used(self) -> int:
         """Bytes that the filled entries take."""
         return self._num_tokens * self.token_bytes
+
+    @property
+    def native(self) -> KvArray:
+        """The cache as the native decoder takes it."""
+        return self.array
+
+    def bytes_at(self, num_tokens: int) -> int:
+        """Bytes that so many entries take."""
+        return num_tokens * self.token_bytes
+
+    def keeps(self, num_tokens: int) -> int:
+        """The largest number of entries up to `num_tokens` that it can be truncated to: this many."""
+        return num_tokens
 
     def bytes_read(self, num_tokens: int) -> int:
         """Bytes that attention of one new token reads when it sees `num_tokens` entries."""
@@ -114,14 +152,3 @@ class KvCache:
                 hint=f"choose 0..{self._num_tokens}",
             )
         self._num_tokens = num_tokens
-
-
-def _anonymous(num_bytes: int) -> npt.NDArray[np.uint8]:
-    try:
-        pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        return np.frombuffer(pages, dtype=np.uint8)
-    except (OSError, ValueError, OverflowError) as error:
-        raise DoesNotFitError(
-            f"the KV cache needs {num_bytes} bytes, which the system refuses ({error})",
-            hint="ask for a smaller context",
-        ) from error

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 import numpy.typing as npt
 
-from taper.kernels import attention, rope_store
-
 F32 = npt.NDArray[np.float32]
-KvArray = npt.NDArray[np.float16] | npt.NDArray[np.float32]
 
 
 def score_scale(head_dim: int) -> float:
@@ -16,8 +15,20 @@ def score_scale(head_dim: int) -> float:
     return float(np.float32(head_dim**-0.5))
 
 
+class CacheLayer(Protocol):
+    """One layer of a KV cache (`taper.kvcache`)."""
+
+    def store(self, qkv: F32, num_heads: int, position: int, cos: F32, sin: F32) -> None:
+        """Rotate queries and keys of consecutive tokens; write keys and values."""
+        ...
+
+    def attention(self, qkv: F32, num_heads: int, position: int, scale: float) -> F32:
+        """Float32 (tokens, num_heads * head_dim): each token sees the entries up to its own."""
+        ...
+
+
 class Attention:
-    """Multi-head, grouped-query and multi-query attention; the KV arrays' shapes say which.
+    """Multi-head, grouped-query and multi-query attention; the cache's shape says which.
 
     Args:
         num_heads: query heads, a multiple of the KV heads.
@@ -28,26 +39,24 @@ class Attention:
         self._num_heads = num_heads
         self._scale = score_scale(head_dim)
 
-    def store(self, qkv: F32, keys: KvArray, values: KvArray, position: int, cos: F32, sin: F32) -> None:
+    def store(self, qkv: F32, kv: CacheLayer, position: int, cos: F32, sin: F32) -> None:
         """Rotate queries and keys of consecutive tokens; write keys and values into the cache.
 
         Args:
             qkv: (tokens, (num_heads + 2 kv_heads) * head_dim), queries, keys, values; overwritten.
-            keys: (kv_heads, rows / 16, head_dim, 16), written at position .. position + tokens - 1.
-            values: (kv_heads, rows, head_dim), likewise.
+            kv: written at position .. position + tokens - 1.
             position: of the first token.
             cos: (rows >= position + tokens, head_dim / 2).
             sin: as `cos`.
         """
-        rope_store(qkv, self._num_heads, keys, values, position, cos, sin)
+        kv.store(qkv, self._num_heads, position, cos, sin)
 
-    def __call__(self, qkv: F32, keys: KvArray, values: KvArray, position: int) -> F32:
+    def __call__(self, qkv: F32, kv: CacheLayer, position: int) -> F32:
         """Float32 (tokens, num_heads * head_dim): each stored token sees the entries up to its own.
 
         Args:
             qkv: rows that `store` has rotated.
-            keys: the cache.
-            values: the cache.
+            kv: the cache.
             position: of the first of these rows.
         """
-        return attention(qkv, self._num_heads, keys, values, position, self._scale)
+        return kv.attention(qkv, self._num_heads, position, self._scale)

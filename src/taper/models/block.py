@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from taper.kvcache import KvLayer
-from taper.layers.attention import Attention
+from taper.layers.attention import Attention, CacheLayer
 from taper.layers.linear import Linear
 
 F32 = npt.NDArray[np.float32]
@@ -49,7 +48,7 @@ class Block:
     down: Linear
     attention: Attention
 
-    def __call__(self, x: F32, kv: KvLayer, step: Step, num_wanted: int | None = None) -> F32:
+    def __call__(self, x: F32, kv: CacheLayer, step: Step, num_wanted: int | None = None) -> F32:
         """The residual stream after this layer, float32 (tokens, hidden); writes keys and values.
 
         With `num_wanted`, of the last so many tokens only: in the last layer of a prefill the others have to
@@ -57,13 +56,13 @@ class Block:
         """
         name, observe = self.name, step.observe
         qkv = self.qkv(x, step.width(f"{name}.qkv"))
-        self.attention.store(qkv, kv.keys, kv.values, step.position, step.cos, step.sin)
+        self.attention.store(qkv, kv, step.position, step.cos, step.sin)
         skipped = 0 if num_wanted is None else len(x) - num_wanted
         if skipped:
             x, qkv = x[skipped:], qkv[skipped:]
         if num_wanted == 0:
             return x
-        mixed = self.attention(qkv, kv.keys, kv.values, step.position + skipped)
+        mixed = self.attention(qkv, kv, step.position + skipped)
         after_attention = self.o(mixed, step.width(f"{name}.o"), x)
         gate_up = self.gate_up(after_attention, step.width(f"{name}.gate_up"))
         if observe is not None:

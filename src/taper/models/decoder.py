@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,9 @@ from taper.formats.container import TaperFile
 from taper.formats.huggingface import HfCheckpoint
 from taper.formats.spec import expected_matrices, planes_bytes
 from taper.kernels import Decoder as NativeDecoder
-from taper.kvcache import KvCache
+from taper.kernels import PlanesBlocks
+from taper.kvcache import AnyCache, KvCache, KvPlanes, KvPool, PlanesCache, parse_kv, planes_layout
+from taper.layers.attention import CacheLayer
 from taper.layers.rope import Rope, context_length
 from taper.models.block import Observer, Step
 from taper.models.families import family_of
@@ -39,16 +41,22 @@ class Decoder:
     number of threads (docs/numerics.md). It holds no state of a sequence; that is all in the cache.
 
     Attributes:
+        kv: how keys and values are stored; None: as floats.
         times: of planes, ns by stage of the steps, added up where this is a dictionary and not None.
     """
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, kv: KvPlanes | None = None) -> None:
         family_of(parts.config)
         self.config: ModelConfig = parts.config
         self.min_bits = parts.min_bits
         self.max_bits = parts.max_bits
         self.context_length = context_length(parts.config)
         self._parts = parts
+        self.kv = kv
+        if kv is not None:
+            self.kv_layout = planes_layout(
+                kv, parts.config.num_layers, parts.config.num_kv_heads, parts.config.head_dim
+            )
         self._rope = Rope(parts.config)
         self._matrices = parts.matrices or tuple(expected_matrices(parts.config))
         self._readings = Readings(self._matrices, parts.min_bits, parts.max_bits, parts.sensitivity)
@@ -56,17 +64,21 @@ class Decoder:
         self.times: dict[str, int] | None = None
 
     @classmethod
-    def from_taper(cls, file: TaperFile, ceilings: Mapping[str, int] | None = None) -> Decoder:
+    def from_taper(
+        cls, file: TaperFile, ceilings: Mapping[str, int] | None = None, kv: str | None = None
+    ) -> Decoder:
         """Run an open `.taper` file; its planes stay in the memory map.
 
         Args:
             file: an open file.
             ceilings: matrix name to the planes that are used of it at most, as if the file held no more.
+            kv: format of the KV cache as `parse_kv` reads it; None takes the file's own, else float16.
 
         Raises:
-            UsageError: when the architecture or its position embedding is not supported.
+            UsageError: when the architecture, its position embedding or the KV format is not supported.
         """
-        return cls(planed_parts(file, ceilings))
+        chosen = file.header.activations.kv if kv is None else kv
+        return cls(planed_parts(file, ceilings), parse_kv(chosen))
 
     @classmethod
     def from_hf(cls, checkpoint: HfCheckpoint) -> Decoder:
@@ -79,11 +91,19 @@ class Decoder:
         """
         return cls(float_parts(checkpoint))
 
-    def new_cache(self, max_tokens: int) -> KvCache:
+    def new_cache(
+        self, max_tokens: int, reading: KvPlanes | None = None, pool: KvPool | None = None
+    ) -> AnyCache:
         """An empty cache for a sequence of at most `max_tokens`.
+
+        Args:
+            max_tokens: prompt and answer together.
+            reading: of a cache of planes, the bits that are read; None reads all that is stored.
+            pool: of a cache of planes, where its blocks come from; None makes a pool for it alone.
 
         Raises:
             DoesNotFitError: when that is beyond the model's context length or the address space.
+            UsageError: a reading of more bits than are stored, or of a cache of floats.
         """
         config = self.config
         if max_tokens > self.context_length:
@@ -91,13 +111,28 @@ class Decoder:
                 f"a context of {max_tokens} tokens is longer than the model's {self.context_length}",
                 hint=f"ask for at most {self.context_length}",
             )
+        if self.kv is not None:
+            shape = (config.num_layers, config.num_kv_heads, config.head_dim)
+            return PlanesCache(self.kv, *shape, max_tokens, pool, reading)
+        if reading is not None or pool is not None:
+            raise UsageError(
+                "a KV cache of floats has no planes to read", "load the model with a KV format such as kv=7"
+            )
         dtype = self._parts.kv_dtype
         return KvCache(config.num_layers, config.num_kv_heads, max_tokens, config.head_dim, dtype)
+
+    def new_pool(self, num_blocks: int, num_lower: int | None = None) -> KvPool:
+        """Blocks of 64 entries for the caches of several sequences; of a decoder with planes.
+
+        Raises:
+            DoesNotFitError: when the system refuses the address space.
+        """
+        return KvPool(self.kv_layout, num_blocks, num_lower)
 
     def forward(
         self,
         tokens: I32 | Sequence[int],
-        cache: KvCache,
+        cache: AnyCache,
         bits: Bits,
         logits: Logits = "last",
         observe: Observer | None = None,
@@ -133,10 +168,11 @@ class Decoder:
         cos, sin = self._rope.tables(end, cache.capacity)
         step = Step(cache.num_tokens, cos, sin, self.max_bits, observe, widths)
         x = self._parts.embedding(ids)
-        for block, kv in zip(self._parts.blocks[:-1], cache.layers[:-1], strict=True):
+        layers: Sequence[CacheLayer] = cache.layers
+        for block, kv in zip(self._parts.blocks[:-1], layers[:-1], strict=True):
             x = block(x, kv, step)
         num_wanted = len(ids) if logits == "all" or observe is not None else int(logits == "last")
-        last = self._parts.blocks[-1](x, cache.layers[-1], step, num_wanted)
+        last = self._parts.blocks[-1](x, layers[-1], step, num_wanted)
         if observe is not None:
             observe(self._parts.head_name, self._parts.head.product_input(last))
         out = None
@@ -148,7 +184,7 @@ class Decoder:
         cache.advance(len(ids))
         return out
 
-    def decode_batch(self, tokens: I32 | Sequence[int], caches: Sequence[KvCache], bits: Bits) -> F32:
+    def decode_batch(self, tokens: I32 | Sequence[int], caches: Sequence[AnyCache], bits: Bits) -> F32:
         """Run the next token of several sequences in one pass over the weights.
 
         Each sequence gets the bytes that a pass of its own would give it.
@@ -184,15 +220,15 @@ class Decoder:
         self,
         native: NativeDecoder,
         ids: I32,
-        sequences: Sequence[tuple[int, KvCache]],
+        sequences: Sequence[tuple[int, AnyCache]],
         bits: Bits,
         logits: Logits,
     ) -> F32 | None:
         """One native call for the next tokens of some sequences, whose caches then hold them."""
-        given = []
+        given: list[tuple[int, int, npt.NDArray[Any] | PlanesBlocks, F32, F32]] = []
         for count, cache in sequences:
             cos, sin = self._rope.tables(cache.require(count), cache.capacity)
-            given.append((count, cache.num_tokens, cache.array, cos, sin))
+            given.append((count, cache.num_tokens, cache.native, cos, sin))
         out, finite = native.step(ids, given, self._native_widths(bits), logits, self.times)
         if not finite:
             raise _not_finite(given[0][1], bits)

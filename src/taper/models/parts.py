@@ -80,7 +80,8 @@ def planed_parts(file: TaperFile, ceilings: Mapping[str, int] | None = None) -> 
         planes, rotation, outliers = matrices[name]
         if isinstance(before, Norm) and (gain := file.matrix(name).gain) is not None:
             before = Norm(before.eps, gain if before.gain is None else before.gain * gain)
-        made[name] = PlanedLinear(planes, rotation, before, outliers, file.codebook.activation_bits)
+        magnitude_bits = file.header.activations.of_matrix(name, file.codebook.activation_bits)
+        made[name] = PlanedLinear(planes, rotation, before, outliers, magnitude_bits)
         return made[name]
 
     head_name = "embed" if config.tie_word_embeddings else "head"

@@ -17,7 +17,7 @@ from taper.errors import TaperError, UsageError
 from taper.formats.huggingface import HfCheckpoint
 from taper.kernels import rms_norm, rotate
 from taper.kvcache import KvCache
-from taper.layers.attention import Attention, KvArray
+from taper.layers.attention import Attention, CacheLayer
 from taper.layers.linear import Before, FloatLinear, Norm, Swiglu
 from taper.layers.rope import Rope, context_length
 from taper.models import Decoder
@@ -307,18 +307,16 @@ class _EachSequence(Attention):
         self._length = length
         self._tables: tuple[Float32, Float32] | None = None
 
-    def store(
-        self, qkv: Float32, keys: KvArray, values: KvArray, position: int, cos: Float32, sin: Float32
-    ) -> None:
+    def store(self, qkv: Float32, kv: CacheLayer, position: int, cos: Float32, sin: Float32) -> None:
         """Keep the tables: the next sequence's entries would overwrite these before they are read."""
         self._tables = cos, sin
 
-    def __call__(self, qkv: Float32, keys: KvArray, values: KvArray, position: int) -> Float32:
+    def __call__(self, qkv: Float32, kv: CacheLayer, position: int) -> Float32:
         """As `Attention`, of one sequence after the other."""
         assert self._tables is not None
         mixed = []
         for begin in range(0, len(qkv), self._length):
             rows = qkv[begin : begin + self._length]
-            super().store(rows, keys, values, position, *self._tables)
-            mixed.append(super().__call__(rows, keys, values, position))
+            super().store(rows, kv, position, *self._tables)
+            mixed.append(super().__call__(rows, kv, position))
         return np.concatenate(mixed)

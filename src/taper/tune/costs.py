@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from taper.errors import UsageError
-from taper.kvcache import KvCache
+from taper.kvcache import AnyCache
 from taper.models import Decoder
 from taper.tune.greedy import new_cache, run_prompt
 from taper.tune.schedule import Schedule
@@ -89,7 +89,7 @@ def measure_costs(
     )
 
 
-def _decode(decoder: Decoder, cache: KvCache, bits: float, steps: int) -> None:
+def _decode(decoder: Decoder, cache: AnyCache, bits: float, steps: int) -> None:
     place = cache.num_tokens
     for _ in range(steps):
         decoder.forward([0], cache, bits)

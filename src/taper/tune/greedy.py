@@ -9,13 +9,13 @@ from numpy.typing import NDArray
 
 from taper.engine.engine import PREFILL_CHUNK_TOKENS
 from taper.errors import DoesNotFitError, UsageError
-from taper.kvcache import KvCache
+from taper.kvcache import AnyCache
 from taper.models import Decoder
 
 F32 = NDArray[np.float32]
 
 
-def run_prompt(decoder: Decoder, cache: KvCache, prompt_ids: Sequence[int], bits: float) -> F32:
+def run_prompt(decoder: Decoder, cache: AnyCache, prompt_ids: Sequence[int], bits: float) -> F32:
     """Run a prompt into an emptied cache, in the engine's chunks; logits (vocab,) of its last token."""
     cache.truncate(0)
     last = (len(prompt_ids) - 1) // PREFILL_CHUNK_TOKENS * PREFILL_CHUNK_TOKENS
@@ -27,7 +27,7 @@ def run_prompt(decoder: Decoder, cache: KvCache, prompt_ids: Sequence[int], bits
     return row
 
 
-def new_cache(decoder: Decoder, prompt_ids: Sequence[int], max_tokens: int) -> KvCache:
+def new_cache(decoder: Decoder, prompt_ids: Sequence[int], max_tokens: int) -> AnyCache:
     """A cache for a prompt and its answer.
 
     Raises:
