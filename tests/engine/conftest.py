@@ -24,6 +24,9 @@ class FakeCache:
     def bytes_read(self, num_tokens: int) -> int:
         return KV_BYTES * num_tokens
 
+    def bytes_at(self, num_tokens: int) -> int:
+        return KV_BYTES * num_tokens
+
 
 @dataclass
 class FakeDecoder:

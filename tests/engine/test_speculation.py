@@ -34,6 +34,9 @@ class RecordingCache:
     def bytes_read(self, num_tokens):
         return KV_BYTES * num_tokens
 
+    def bytes_at(self, num_tokens):
+        return KV_BYTES * num_tokens
+
     def truncate(self, num_tokens):
         assert num_tokens <= len(self.entries)
         del self.entries[num_tokens:]

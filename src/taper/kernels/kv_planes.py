@@ -129,15 +129,14 @@ class BlockView:
         dim = len(x)
         group, bits = group_size(dim), self.stored[2 * side]
         rows = x.reshape(-1, group)
-        finite = (np.abs(rows) <= anda.MAX_VALUE).all(axis=1)
+        finite: NDArray[np.bool_] = (np.abs(rows) <= anda.MAX_VALUE).all(axis=1)
         values = anda.quantize(np.where(finite[:, None], rows, np.float32(0)), bits, group)
         negative = (values.negative & finite[:, None]).ravel()
-        e = np.where(finite, values.exponents[:, 0], _NOT_FINITE)
+        e: list[int] = np.where(finite, values.exponents[:, 0], _NOT_FINITE).tolist()
         places = (key_bits if side == 0 else value_bits)(dim)[entry]
         m = values.magnitudes.ravel().astype(np.int64)
         for index, plane in enumerate(self.planes[side][head]):
-            on = negative if index == 0 else m >> (bits - index) & 1
-            _set(plane, places, on)
+            _set(plane, places, negative if index == 0 else m >> (bits - index) & 1)
         for g, exponent in enumerate(e):
             for j in range(EXPONENT_BITS):
                 at = np.array([entry])

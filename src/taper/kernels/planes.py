@@ -31,9 +31,9 @@ Outliers = _native.Outliers
 # down, each, as the head, (planes, outliers or None, signs or None, block, eps or None, gain or None, {bits:
 # magnitude bits of the activations}); eps None is no norm. step(tokens, sequences, widths, logits, times):
 # tokens: int32, those of the sequences one after another; a sequence: (number of tokens, position, cache
-# array or PlanesBlocks, cos, sin); widths: uint8, planes of qkv, o, gate_up, down of each layer and of the head; logits:
-# "last", "all" or "none" of each sequence; times: a dict of ns by stage that is added to, or None. Returns
-# float32 (rows, vocab) or None and whether the result is finite, and writes the caches.
+# array or PlanesBlocks, cos, sin); widths: uint8, planes of qkv, o, gate_up, down of each layer and of the
+# head; logits: "last", "all" or "none" of each sequence; times: a dict of ns by stage that is added to, or
+# None. Returns float32 (rows, vocab) or None and whether the result is finite, and writes the caches.
 Decoder = _native.Decoder
 # PlanesLayout(kv_heads, head_dim, layers): what a block of a KV cache of planes holds; layers: (bits of keys,
 # those in the upper part, bits of values, those in the upper part) each. upper_bytes, lower_bytes: of a

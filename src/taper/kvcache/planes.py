@@ -19,6 +19,8 @@ I32 = npt.NDArray[np.int32]
 BLOCK_ENTRIES = 64
 # Lower planes are kept for a block more than the window, so that drafts may be taken back.
 _MARGIN = BLOCK_ENTRIES
+# Tokens of a pass, over whose span lower planes are held: what the engine's prefill takes at a time.
+_PASS_ENTRIES = 256
 _NONE = -1
 _FAR = 1 << 60
 
@@ -126,9 +128,12 @@ class PlanesCache:
         return int(parts[0] * self.pool.layout.upper_bytes + parts[1] * self.pool.layout.lower_bytes)
 
     def bytes_at(self, num_tokens: int) -> int:
-        """Bytes of the blocks that so many entries take at most, while they are written in one pass."""
+        """Bytes of the blocks that so many entries take at most, written in passes of `_PASS_ENTRIES`."""
         layout = self.pool.layout
-        return -(-num_tokens // BLOCK_ENTRIES) * (layout.upper_bytes + layout.lower_bytes)
+        blocks = recent = -(-num_tokens // BLOCK_ENTRIES)
+        if self.kv.window is not None:
+            recent = -(-(self.kv.window + _MARGIN + _PASS_ENTRIES) // BLOCK_ENTRIES) + 1
+        return blocks * layout.upper_bytes + min(blocks, recent) * layout.lower_bytes
 
     def bytes_read(self, num_tokens: int) -> int:
         """Bytes that attention of one new token reads when it sees `num_tokens` entries."""
