@@ -129,7 +129,7 @@ class BlockView:
         dim = len(x)
         group, bits = group_size(dim), self.stored[2 * side]
         rows = x.reshape(-1, group)
-        finite: NDArray[np.bool_] = (np.abs(rows) <= anda.MAX_VALUE).all(axis=1)
+        finite = np.less_equal(np.abs(rows).max(axis=1), anda.MAX_VALUE)  # not for NaN
         values = anda.quantize(np.where(finite[:, None], rows, np.float32(0)), bits, group)
         negative = (values.negative & finite[:, None]).ravel()
         e: list[int] = np.where(finite, values.exponents[:, 0], _NOT_FINITE).tolist()
