@@ -150,18 +150,20 @@ def test_what_is_not_finite_reaches_the_result(isa, bad, side):
     assert np.isnan(out[2:]).any(axis=1).all()
 
 
-def layout_error(*args):
-    with pytest.raises(ValueError) as found:
-        PlanesLayout(*args)
-    return str(found.value)
-
-
-def test_layouts_that_planes_cannot_hold_are_refused():
-    assert "head_dim is 8" in layout_error(2, 8, [(7, 7, 7, 7)])
-    assert "head_dim is 272" in layout_error(2, 272, [(7, 7, 7, 7)])
-    assert "keys have 8 magnitude bits" in layout_error(2, 16, [(8, 7, 7, 7)])
-    assert "values have 5 of 4 bits in the upper part" in layout_error(2, 16, [(7, 7, 4, 5)])
-    assert "at least one layer" in layout_error(2, 16, [])
+@pytest.mark.parametrize(
+    ("heads", "dim", "layers", "message"),
+    [
+        (2, 8, [(7, 7, 7, 7)], "head_dim is 8"),
+        (2, 272, [(7, 7, 7, 7)], "head_dim is 272"),
+        (2, 16, [(8, 7, 7, 7)], "keys have 8 magnitude bits"),
+        (2, 16, [(7, 7, 4, 5)], "values have 5 of 4 bits in the upper part"),
+        (2, 16, [], "at least one layer"),
+        (0, 16, [(7, 7, 7, 7)], "kv_heads is 0"),
+    ],
+)
+def test_layouts_that_planes_cannot_hold_are_refused(heads, dim, layers, message):
+    with pytest.raises(ValueError, match=message):
+        PlanesLayout(heads, dim, layers)
 
 
 def test_blocks_outside_the_pool_and_planes_that_are_gone_are_refused():
@@ -182,11 +184,11 @@ def test_blocks_outside_the_pool_and_planes_that_are_gone_are_refused():
         attend(100)
     with pytest.raises(ValueError, match="position 256 is outside a KV cache of 256"):
         attend(256)
-    with pytest.raises(ValueError, match="layer is 1, expected 0..0"):
+    with pytest.raises(ValueError, match=r"layer is 1, expected 0\.\.0"):
         kernels.planes_attention(qkv, 1, cache.native, 1, 3, 1.0)
 
 
 def test_readings_beyond_what_is_stored_are_refused():
     cache = Cache([(5, 5, 4, 4)], 1, 16, 1, [[6, 4, 4, 4]])
-    with pytest.raises(ValueError, match="keys of layer 0 are read at 6 bits, expected 1..5"):
+    with pytest.raises(ValueError, match=r"keys of layer 0 are read at 6 bits, expected 1\.\.5"):
         kernels.planes_attention(rows(1, 1, 48), 1, cache.native, 0, 3, 1.0)

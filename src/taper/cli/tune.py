@@ -31,7 +31,24 @@ _OBJECTIVES = ("time", "bits", "energy")
 @click.option(
     "--learned", is_flag=True, help="Train the policy `learned` on --text instead (docs/learned.md)."
 )
-@click.option("--text", metavar="TEXT", help="Generic text for --learned (.txt, .txt.xz).")
+@click.option(
+    "--activations",
+    is_flag=True,
+    help="Find bits of activations and KV cache on --text instead (docs/anda.md).",
+)
+@click.option(
+    "--search",
+    type=click.Choice(["paper", "joint"]),
+    default="paper",
+    show_default=True,
+    help="With --activations: Anda's, by bit operations; or with keys, values and bands, by time and bytes.",
+)
+@click.option(
+    "--text",
+    multiple=True,
+    metavar="TEXT",
+    help="Generic text for --learned; one or more domains for --activations (.txt, .txt.xz).",
+)
 @click.option("--max-loss", type=SHARE, default="1%", show_default=True, help="Limit of the loss.")
 @click.option(
     "--loss",
@@ -78,7 +95,9 @@ def command(
     model: str,
     task: str | None,
     learned: bool,
-    text: str | None,
+    activations: bool,
+    search: str,
+    text: tuple[str, ...],
     max_loss: float,
     loss: str,
     objective: str,
@@ -102,11 +121,18 @@ def command(
     the limit. An interrupted run goes on where it was. Then: taper run FILE --policy NAME.
     """
     set_threads(threads)
+    if activations:
+        from taper.cli.tune_activations import tune_activations_of
+        from taper.cli.tune_learned import given_options
+
+        return tune_activations_of(model, given_options(), text, search, max_loss, dry_run, as_json)
     if learned:
         from taper.cli.tune_learned import learn_from
 
-        return learn_from(model, text, widths, dry_run, as_json)
-    if task is None or text is not None:
+        if len(text) > 1:
+            raise UsageError(f"--learned takes one text, not {len(text)}")
+        return learn_from(model, text[0] if text else None, widths, dry_run, as_json)
+    if task is None or text:
         raise UsageError(
             "--task says what to tune for; --text belongs to --learned",
             hint="give --task [NAME=]PATH, or --learned --text TEXT",

@@ -42,7 +42,7 @@ def learn_from(
     Raises:
         UsageError: no text, or an option that belongs to --task; else as `taper.tune.learned.learn`.
     """
-    given = _given()
+    given = given_options()
     if stray := sorted(given.keys() - _FIELDS.keys() - _OTHERS):
         raise UsageError(f"--{stray[0].replace('_', '-')} does not go with --learned", hint="leave it out")
     if text is None:
@@ -59,7 +59,7 @@ def learn_from(
         click.echo(f"{model}: stored: taper run {model} --policy learned", err=True)
 
 
-def _given() -> dict[str, Any]:
+def given_options() -> dict[str, Any]:
     """Options on the command line, defaults left out."""
     context = click.get_current_context()
     return {

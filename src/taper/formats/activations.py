@@ -20,19 +20,19 @@ class ActivationBits:
     """The choice of a file.
 
     Attributes:
-        bits: tensor type to the magnitude bits of its rows at every width; a type that is missing has those
-            of the codebook.
+        bits: tensor type to the magnitude bits of its rows at every width, of all layers or of each; a type
+            that is missing has those of the codebook.
         kv: format of the KV cache, as `taper.kvcache.parse_kv` reads it.
         evidence: how they were found: text, losses, bounds, date.
     """
 
-    bits: dict[str, int] = field(default_factory=dict)
+    bits: dict[str, int | list[int]] = field(default_factory=dict)
     kv: str = KV_FLOAT16
     evidence: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> ActivationBits:
-        """Read the metadata.
+    def from_dict(cls, raw: Mapping[str, Any], num_layers: int) -> ActivationBits:
+        """Read the metadata of a model with so many layers.
 
         Raises:
             TypeError, ValueError: an entry of another type or outside its range.
@@ -43,10 +43,14 @@ class ActivationBits:
         for name, magnitude in bits.items():
             if name not in TENSOR_TYPES:
                 raise ValueError(f"activations name {name!r}, which is none of {', '.join(TENSOR_TYPES)}")
-            if type(magnitude) is not int or not 1 <= magnitude <= MAX_MAGNITUDE_BITS:
-                raise ValueError(
-                    f"activations of {name} have {magnitude!r} bits, expected 1..{MAX_MAGNITUDE_BITS}"
-                )
+            layers = magnitude if isinstance(magnitude, list) else [magnitude]
+            if layers is magnitude and len(layers) != num_layers:
+                raise ValueError(f"activations of {name} have bits for {len(layers)} of {num_layers} layers")
+            for bits_of_layer in layers:
+                if type(bits_of_layer) is not int or not 1 <= bits_of_layer <= MAX_MAGNITUDE_BITS:
+                    raise ValueError(
+                        f"activations of {name} have {bits_of_layer!r} bits, expected 1..{MAX_MAGNITUDE_BITS}"
+                    )
         if not isinstance(kv, str) or len(kv) > _MAX_KV_TEXT:
             raise ValueError(f"activations kv is no text of at most {_MAX_KV_TEXT} characters")
         return cls(dict(bits), kv, dict(evidence))
@@ -69,5 +73,9 @@ class ActivationBits:
             name: of the matrix, such as `layers.3.qkv`; head and embedding have those of the codebook.
             by_width: those of the codebook.
         """
-        chosen = self.bits.get(name.rpartition(".")[2]) if name.startswith("layers.") else None
+        _, _, layer_and_type = name.partition("layers.")
+        layer, _, tensor_type = layer_and_type.partition(".")
+        chosen = self.bits.get(tensor_type) if layer_and_type else None
+        if isinstance(chosen, list):
+            chosen = chosen[int(layer)]
         return by_width if chosen is None else dict.fromkeys(range(1, MAX_WIDTH + 1), chosen)

@@ -155,7 +155,7 @@ def _header(metadata: dict[str, str]) -> TaperHeader:
         gains=_flagged(matrices, "gain"),
         offsets=_flagged(matrices, "offsets"),
         learned=_learned(metadata, config),
-        activations=_activations(metadata),
+        activations=_activations(metadata, config),
         **_measurements(
             metadata, {spec.name: spec for spec in expected_matrices(config, planes, rotated)}, levels
         ),
@@ -217,10 +217,10 @@ def _ceilings(matrices: list[Any], config: ModelConfig, levels: range, rotated: 
     return planes
 
 
-def _activations(metadata: dict[str, str]) -> ActivationBits:
+def _activations(metadata: dict[str, str], config: ModelConfig) -> ActivationBits:
     if "activations" not in metadata:
         return ActivationBits()
-    return ActivationBits.from_dict(_json(metadata, "activations", dict))
+    return ActivationBits.from_dict(_json(metadata, "activations", dict), config.num_layers)
 
 
 def _learned(metadata: dict[str, str], config: ModelConfig) -> LearnedScheduler | None:

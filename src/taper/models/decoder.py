@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from taper.config import ModelConfig
 from taper.errors import DoesNotFitError, TaperError, UsageError
+from taper.formats.activations import ActivationBits
 from taper.formats.container import TaperFile
 from taper.formats.huggingface import HfCheckpoint
 from taper.formats.spec import expected_matrices, planes_bytes
@@ -65,20 +66,25 @@ class Decoder:
 
     @classmethod
     def from_taper(
-        cls, file: TaperFile, ceilings: Mapping[str, int] | None = None, kv: str | None = None
+        cls,
+        file: TaperFile,
+        ceilings: Mapping[str, int] | None = None,
+        kv: str | None = None,
+        activations: ActivationBits | None = None,
     ) -> Decoder:
         """Run an open `.taper` file; its planes stay in the memory map.
 
         Args:
             file: an open file.
             ceilings: matrix name to the planes that are used of it at most, as if the file held no more.
-            kv: format of the KV cache as `parse_kv` reads it; None takes the file's own, else float16.
+            kv: format of the KV cache as `parse_kv` reads it; None takes that of the activations.
+            activations: bits of activations and KV cache; None takes the file's own.
 
         Raises:
             UsageError: when the architecture, its position embedding or the KV format is not supported.
         """
-        chosen = file.header.activations.kv if kv is None else kv
-        return cls(planed_parts(file, ceilings), parse_kv(chosen))
+        chosen = file.header.activations if activations is None else activations
+        return cls(planed_parts(file, ceilings, chosen), parse_kv(chosen.kv if kv is None else kv))
 
     @classmethod
     def from_hf(cls, checkpoint: HfCheckpoint) -> Decoder:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from taper.config import ModelConfig
+from taper.formats.activations import ActivationBits
 from taper.formats.container import TaperFile
 from taper.formats.huggingface import HfCheckpoint
 from taper.formats.sensitivity import Sensitivity
@@ -57,15 +58,19 @@ class Parts:
     native: NativeDecoder | None = None
 
 
-def planed_parts(file: TaperFile, ceilings: Mapping[str, int] | None = None) -> Parts:
+def planed_parts(
+    file: TaperFile, ceilings: Mapping[str, int] | None = None, activations: ActivationBits | None = None
+) -> Parts:
     """Parts over a file's planes, which stay in the memory map: nothing but the row scales is copied.
 
     Args:
         file: an open file.
         ceilings: matrix name to planes; only so many of its planes are used, in the embedding look-up too, as
             if the file held no more.
+        activations: bits of the activations in the place of the file's own.
     """
     config = file.config
+    chosen = file.header.activations if activations is None else activations
     specs = [
         replace(spec, planes=min(ceilings[spec.name], spec.width_at(file.max_bits)))
         if ceilings and spec.name in ceilings
@@ -80,7 +85,7 @@ def planed_parts(file: TaperFile, ceilings: Mapping[str, int] | None = None) -> 
         planes, rotation, outliers = matrices[name]
         if isinstance(before, Norm) and (gain := file.matrix(name).gain) is not None:
             before = Norm(before.eps, gain if before.gain is None else before.gain * gain)
-        magnitude_bits = file.header.activations.of_matrix(name, file.codebook.activation_bits)
+        magnitude_bits = chosen.of_matrix(name, file.codebook.activation_bits)
         made[name] = PlanedLinear(planes, rotation, before, outliers, magnitude_bits)
         return made[name]
 

@@ -30,13 +30,13 @@ class Evaluation:
 
     Attributes:
         bits: magnitude bits of each tensor type.
-        bops: its cost.
+        cost: BOPs, or what the search was given.
         loss: as measured.
         is_best: whether it held the loss at less than the cost of the best before it.
     """
 
     bits: Combination
-    bops: int
+    cost: float
     loss: float
     is_best: bool
 
@@ -79,6 +79,7 @@ def search_bits(
     *,
     max_evaluations: int = MAX_EVALUATIONS,
     early_stop: bool = True,
+    progress: Callable[[Evaluation], None] = lambda evaluation: None,
 ) -> SearchResult:
     """Find the combination of least cost that holds a loss, as the paper does.
 
@@ -92,6 +93,7 @@ def search_bits(
         max_evaluations: the paper's cap on iterations.
         early_stop: stop once the cheapest queued combination costs as much as the best; the paper goes on,
             which changes neither the best nor the path to it.
+        progress: called with each evaluation.
 
     Raises:
         UsageError: no tensor type, one without multiplications, or `max_evaluations` below 1.
@@ -101,27 +103,59 @@ def search_bits(
     seeds = [(bits,) * len(macs) for bits in SEEDS]
     # Neighbours cost less than all that is queued, so only neighbours of one combination can cost the same,
     # and among these the order of the heap is the order of the tensor types.
-    queue = [(bops(macs, bits), bits) for bits in seeds]
+    return search_combinations(
+        seeds,
+        lambda bits: bops(macs, bits),
+        _lowered,
+        loss,
+        max_loss,
+        max_evaluations=max_evaluations,
+        early_stop=early_stop,
+        progress=progress,
+    )
+
+
+def search_combinations(
+    seeds: Sequence[Combination],
+    cost_of: Callable[[Combination], float],
+    neighbours: Callable[[Combination], Sequence[Combination]],
+    loss: Callable[[Combination], float],
+    max_loss: float,
+    *,
+    max_evaluations: int,
+    early_stop: bool = True,
+    progress: Callable[[Evaluation], None] = lambda evaluation: None,
+) -> SearchResult:
+    """The same search over any variables and any cost.
+
+    Args:
+        seeds: what is queued at first.
+        cost_of: of a combination.
+        neighbours: of one that became the best: cheaper ones.
+        loss, max_loss, max_evaluations, early_stop, progress: as in `search_bits`.
+    """
+    queue = [(cost_of(bits), bits) for bits in seeds]
     heapq.heapify(queue)
-    visited: set[Combination] = set()
+    queued = set(seeds)
     best: Evaluation | None = None
     evaluations: list[Evaluation] = []
     while queue and len(evaluations) < max_evaluations and not (early_stop and _is_beaten(queue[0][0], best)):
         cost, bits = heapq.heappop(queue)
-        visited.add(bits)
         lost = loss(bits)
         tried = Evaluation(bits, cost, lost, lost <= max_loss and not _is_beaten(cost, best))
         evaluations.append(tried)
+        progress(tried)
         if tried.is_best:
             best = tried
-            for neighbour in _lowered(bits):
-                if neighbour not in visited:
-                    heapq.heappush(queue, (bops(macs, neighbour), neighbour))
+            for neighbour in neighbours(bits):
+                if neighbour not in queued:
+                    queued.add(neighbour)
+                    heapq.heappush(queue, (cost_of(neighbour), neighbour))
     return SearchResult(best, tuple(evaluations), not queue or _is_beaten(queue[0][0], best))
 
 
-def _is_beaten(cost: int, best: Evaluation | None) -> bool:
-    return best is not None and cost >= best.bops
+def _is_beaten(cost: float, best: Evaluation | None) -> bool:
+    return best is not None and cost >= best.cost
 
 
 def _lowered(bits: Combination) -> list[Combination]:
