@@ -1,4 +1,4 @@
-"""Bits of activations and of the KV cache, found on calibration text and tested on held-out text (docs/anda.md)."""
+"""Bits of activations and of the KV cache, found on calibration text, tested on held-out text (docs/anda.md)."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ class ActivationOptions:
         texts: of one domain each; calibration and held-out windows are taken from all of them.
         max_loss: limit of perplexity over the reference's, minus 1.
         bits: width of the weights; None takes 4 or the nearest that the file holds.
-        search: `paper` chooses four tensor types by BOPs; `joint` bands of layers and the KV cache by measured
-            time and bytes.
+        search: `paper` chooses four tensor types by BOPs; `joint` bands of layers and the KV cache by
+            measured time and bytes.
         calibration_windows, held_out_windows: of 512 tokens, from each text; the second half is scored.
         max_evaluations: combinations that are tried.
     """
