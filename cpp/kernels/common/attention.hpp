@@ -79,9 +79,10 @@ inline void score_heads(const AttentionArgs& args, const float* q, float* scores
   });
 }
 
-// Turns n scores into weights in place; lanes past n of the last block hold scores of no entry.
-template <class V>
-inline void softmax(float* scores, int64_t n, float* max_score, float* sum) {
+// Turns n scores into weights in place; lanes past n of the last block hold scores of no entry. Calls `beside()` for
+// every whole sixteen.
+template <class V, class Beside>
+inline void softmax(float* scores, int64_t n, float* max_score, float* sum, const Beside& beside) {
   const float lowest = -std::numeric_limits<float>::infinity();
   for (int64_t t = n; t % kLanes != 0; ++t) scores[t] = lowest;
   auto most = V::set(lowest);
@@ -91,6 +92,7 @@ inline void softmax(float* scores, int64_t n, float* max_score, float* sum) {
   for_each_group<V>(
       n,
       [&](int64_t t) {
+        beside();
         const auto w = exp<V>(V::sub(V::load(scores + t), V::set(max)));
         V::store(scores + t, w);
         sums = V::add(sums, w);
@@ -147,7 +149,7 @@ inline void attend(const AttentionArgs& args, const AttentionState& out) {
     score_heads<V, kHeads, T>(args, args.q + h * args.head_dim, scores + h * kAttentionChunk);
   });
   for (int64_t h = 0; h < args.heads; ++h) {
-    softmax<V>(scores + h * kAttentionChunk, args.num_entries, out.max + h, out.sum + h);
+    softmax<V>(scores + h * kAttentionChunk, args.num_entries, out.max + h, out.sum + h, [] {});
   }
   for_heads<V>(args.heads, [&]<int kHeads>(int64_t h) TAPER_INLINE {
     weigh_heads<V, kHeads, T>(args, scores + h * kAttentionChunk, out.acc + h * args.head_dim);

@@ -12,8 +12,8 @@
 //                                            ones, each within -127..127, those given with values within 0..127
 //   I::to_bytes(x, q)                        16 floats rounded to int8, NaN to zero
 //
-// Vector operations an entry of head_dim 64 and eight heads, AVX-512: 8 dot products for the key, 16 for the value, 2 x
-// 5 to unpack them, 10 for the softmax; over float16 64 multiply-adds, 8 conversions and the same softmax.
+// Vector operations an entry of head_dim 64 and eight heads, AVX-512: 8 dot products each for the key and the value,
+// 2 x 5 to unpack them, 10 for the softmax; over float16 64 multiply-adds, 8 conversions and the same softmax.
 #pragma once
 
 #include <cstdint>
@@ -187,7 +187,7 @@ TAPER_INLINE inline void score_entries(const PlanesScratch& work, int64_t dim, i
 }
 
 template <class V, class I>
-inline void score_block(const PlanesAttentionArgs& args, PlanesScratch& work, int64_t block) {
+inline void score_block(const PlanesAttentionArgs& args, PlanesScratch& work, int64_t block, Ahead* ahead) {
   const PlanesFormat& f = args.format;
   const int64_t dim = f.head_dim, groups = dim / planes_group(dim);
   const int64_t left = args.num_entries - block * kBlockEntries, entries = left < kBlockEntries ? left : kBlockEntries;
@@ -196,13 +196,11 @@ inline void score_block(const PlanesAttentionArgs& args, PlanesScratch& work, in
                  work.entries);
   for (int64_t g = 0; g < groups; ++g) unpack_units<I>(part, f.key_bits, g, entries, work.units + g * kBlockEntries);
   const int64_t runs = (entries + kKeyEntries - 1) / kKeyEntries;
-  const int64_t passes = (args.heads + V::kHeads - 1) / V::kHeads * ((runs + 1) / 2);
-  Ahead ahead(args.values + block, 1, f.value_upper, dim, passes * dim / kKeyElements);
   float* scores = work.scores + block * kBlockEntries;
   for (int64_t r = 0; r < runs; r += 2) {
     for_heads<V>(args.heads, [&]<int kHeads>(int64_t h) TAPER_INLINE {
-      r + 1 < runs ? score_entries<V, I, kHeads, 2>(work, dim, h, r * kKeyEntries, args.scale, &ahead, scores)
-                   : score_entries<V, I, kHeads, 1>(work, dim, h, r * kKeyEntries, args.scale, &ahead, scores);
+      r + 1 < runs ? score_entries<V, I, kHeads, 2>(work, dim, h, r * kKeyEntries, args.scale, ahead, scores)
+                   : score_entries<V, I, kHeads, 1>(work, dim, h, r * kKeyEntries, args.scale, ahead, scores);
     });
   }
 }
@@ -303,6 +301,15 @@ inline int64_t asks_of_weights(const PlanesAttentionArgs& args) {
   return args.format.head_dim / group * passes * ((args.num_entries + kValueEntries - 1) / kValueEntries);
 }
 
+// The same of score_block and the softmax. Scores alone would ask for a line every twelve cycles, more than a core has
+// under way while memory takes its time.
+template <class V>
+inline int64_t asks_of_scores(const PlanesAttentionArgs& args) {
+  constexpr int64_t kPair = 2 * kKeyEntries;
+  const int64_t passes = (args.heads + V::kHeads - 1) / V::kHeads, pairs = (args.num_entries + kPair - 1) / kPair;
+  return passes * pairs * args.format.head_dim / kKeyElements + args.heads * (args.num_entries / kLanes);
+}
+
 template <class V, class I>
 void planes_attention(const PlanesAttentionArgs& args, const AttentionState& out) {
   PlanesScratch& work = *reinterpret_cast<PlanesScratch*>(scratch(sizeof(PlanesScratch)));
@@ -314,9 +321,10 @@ void planes_attention(const PlanesAttentionArgs& args, const AttentionState& out
                            work.query_scales + h * kMaxGroups + g, work.query_sums + h * kMaxGroups + g);
     }
   }
-  for (int64_t b = 0; b < blocks; ++b) score_block<V, I>(args, work, b);
+  Ahead values(args.values, blocks, args.format.value_upper, dim, asks_of_scores<V>(args));
+  for (int64_t b = 0; b < blocks; ++b) score_block<V, I>(args, work, b, &values);
   for (int64_t h = 0; h < args.heads; ++h) {
-    softmax<V>(work.scores + h * kAttentionChunk, n, out.max + h, out.sum + h);
+    softmax<V>(work.scores + h * kAttentionChunk, n, out.max + h, out.sum + h, [&] { values.ask(); });
   }
   std::memset(out.acc, 0, static_cast<size_t>(args.heads * dim) * sizeof(float));
   Ahead ahead(args.next_keys, kChunkBlocks, args.format.key_upper, dim, asks_of_weights<I>(args));
