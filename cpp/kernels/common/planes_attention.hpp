@@ -86,9 +86,9 @@ inline bool unpack_units(const PlanesPart& part, int stored, int64_t group, int6
   return finite;
 }
 
-// Query integers of one group, their scale and their sum.
+// Query integers of one group and their scale.
 template <class V, class I>
-inline void quantize_query(const float* x, int64_t n, int8_t* q, float* scale, int32_t* sum) {
+inline void quantize_query(const float* x, int64_t n, int8_t* q, float* scale) {
   auto most = V::zero(), zeros = V::zero();
   for (int64_t i = 0; i < n; i += kLanes) {
     const auto v = V::load(x + i);
@@ -103,7 +103,6 @@ inline void quantize_query(const float* x, int64_t n, int8_t* q, float* scale, i
   if (empty) std::memset(q, 0, static_cast<size_t>(n));
   const auto factor = V::set(power_of_two(-e));
   for (int64_t i = 0; i < n && !empty; i += kLanes) I::to_bytes(V::mul(V::load(x + i), factor), q + i);
-  *sum = I::sum_of(q, n);
 }
 
 inline int32_t four_bytes(const void* bytes) {
@@ -315,12 +314,18 @@ void planes_attention(const PlanesAttentionArgs& args, const AttentionState& out
   PlanesScratch& work = *reinterpret_cast<PlanesScratch*>(scratch(sizeof(PlanesScratch)));
   const int64_t dim = args.format.head_dim, group = planes_group(dim), n = args.num_entries;
   const int64_t blocks = (n + kBlockEntries - 1) / kBlockEntries;
-  for (int64_t h = 0; h < args.heads; ++h) {
-    for (int64_t g = 0; g < dim / group; ++g) {
-      quantize_query<V, I>(args.q + h * dim + g * group, group, work.queries + h * kMaxPlanesDim + g * group,
-                           work.query_scales + h * kMaxGroups + g, work.query_sums + h * kMaxGroups + g);
+  const auto for_queries = [&](const auto& f) {
+    for (int64_t h = 0; h < args.heads; ++h) {
+      for (int64_t g = 0; g < dim / group; ++g)
+        f(h * dim + g * group, h * kMaxPlanesDim + g * group, h * kMaxGroups + g);
     }
-  }
+  };
+  for_queries([&](int64_t from, int64_t to, int64_t index) {
+    quantize_query<V, I>(args.q + from, group, work.queries + to, work.query_scales + index);
+  });
+  // Apart from what stores the bytes, sixteen at a time: a load of 64 that follows has to wait for them.
+  for_queries(
+      [&](int64_t, int64_t at, int64_t index) { work.query_sums[index] = I::sum_of(work.queries + at, group); });
   Ahead values(args.values, blocks, args.format.value_upper, dim, asks_of_scores<V>(args));
   for (int64_t b = 0; b < blocks; ++b) score_block<V, I>(args, work, b, &values);
   for (int64_t h = 0; h < args.heads; ++h) {
