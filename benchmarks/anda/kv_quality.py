@@ -2,10 +2,10 @@
 
     python benchmarks/anda/kv_quality.py models/taper-small.taper --text TEXT --text TEXT --json OUT.json
 
-Every block of 2,048 tokens (or the model's context) is read at the weights' width with each format, from an empty
-cache on, in passes of 256 tokens, so that entries grow old as they do in use; all tokens but the first count.
-Increase is over float16 on the same blocks, with the standard error of the blocks' differences. Bytes are those
-that the caches hold at the end of a block.
+Every block of 2,048 tokens (or the model's context) is read at the weights' width with each format, from an
+empty cache on, in passes of 256 tokens, so that entries grow old as they do in use; all tokens but the first
+count. Increase is over float16 on the same blocks, with the standard error of the blocks' differences. Bytes
+are those that the caches hold at the end of a block.
 """
 
 from __future__ import annotations

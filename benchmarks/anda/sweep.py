@@ -9,8 +9,8 @@ rounds to nearest. The reference is the same model with float activations (the p
 perplexity over the reference's, minus 1, over the same windows. The engine's own search is
 `taper tune --activations`.
 
-Swept: all types at one M; one type at M and the rest at 13. Searched: the paper's search at 0.1 % and 1 % with
-groups of 64 and either rounding. Timed: prefill of the engine with 7 and with 14 bits, alternating.
+Swept: all types at one M; one type at M and the rest at 13. Searched: the paper's search at 0.1 % and 1 %
+with groups of 64 and either rounding. Timed: prefill of the engine with 7 and with 14 bits, alternating.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ TIMED_ROUNDS = 7
 
 
 def dequantized(file: TaperFile, matrix: PlanedMatrix, bits: int) -> tuple[F32, F32 | None]:
-    """A matrix at a width in the space of the planes: float32 weights (out_features, in_features) and bias."""
+    """A matrix at a width in the space of the planes: float32 weights (out_features, in_features), bias."""
     width = matrix.spec.width_at(bits)
     if matrix.tables is not None or matrix.outliers is not None:
         raise SystemExit(f"{matrix.spec.name}: tables and outliers are not simulated")
@@ -173,7 +173,7 @@ class Sweep:
 
 
 def bits_at(losses: Sequence[tuple[int, float]], limit: float) -> float | None:
-    """M, interpolated between whole numbers by the logarithm of the loss, at which a loss falls to a limit."""
+    """M at which a loss falls to a limit, interpolated between whole numbers by the loss's logarithm."""
     for (low, above), (high, below) in itertools.pairwise(losses):
         if above > limit >= below:
             floor = max(below, limit / 100)  # a measured loss may be below zero

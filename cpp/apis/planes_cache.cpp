@@ -61,7 +61,7 @@ void check_table(const PlanesTable& table, int64_t position, int64_t tokens) {
   require(position >= 0 && tokens >= 1 && position + tokens <= blocks * kBlockEntries, "positions ", position, "..",
           position + tokens - 1, " are outside the ", blocks, " blocks of a KV cache");
   require(table.window >= 0, "window is ", table.window, ", expected at least 0");
-  bool old_reads_lower = false;
+  bool reads_lower = false, old_reads_lower = false;
   for (int64_t l = 0; l < layout.layers(); ++l) {
     const PlanesFormat& format = layout.format(l);
     const ReadBits& bits = table.bits[l];
@@ -73,13 +73,15 @@ void check_table(const PlanesTable& table, int64_t position, int64_t tokens) {
       require(read >= 1 && read <= format.value_bits, "values of layer ", l, " are read at ", read,
               " bits, expected 1..", format.value_bits);
     }
+    reads_lower |= bits.key > format.key_upper || bits.value > format.value_upper;
     old_reads_lower |= bits.old_key > format.key_upper || bits.old_value > format.value_upper;
   }
   if (layout.lower_bytes() == 0) return;
   for (int64_t b = 0; b * kBlockEntries < position + tokens; ++b) {
-    const bool spared = table.is_old(b, position) && !old_reads_lower;
-    require(table.lower[static_cast<size_t>(b)] != nullptr || spared, "block ", b,
-            " has given up its lower planes, which position ", position, " reads");
+    const bool written = (b + 1) * kBlockEntries > position;
+    const bool needed = written || (table.is_old(b, position) ? old_reads_lower : reads_lower);
+    require(table.lower[static_cast<size_t>(b)] != nullptr || !needed, "block ", b,
+            " has given up its lower planes, which position ", position, written ? " writes" : " reads");
   }
 }
 

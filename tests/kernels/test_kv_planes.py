@@ -192,3 +192,23 @@ def test_readings_beyond_what_is_stored_are_refused():
     cache = Cache([(5, 5, 4, 4)], 1, 16, 1, [[6, 4, 4, 4]])
     with pytest.raises(ValueError, match=r"keys of layer 0 are read at 6 bits, expected 1\.\.5"):
         kernels.planes_attention(rows(1, 1, 48), 1, cache.native, 0, 3, 1.0)
+
+
+@pytest.mark.parametrize("window", [1, 63, 64, 100])
+def test_a_block_is_old_from_exactly_the_window_on(window):
+    """Tokens of one call on both sides of where the first block becomes old."""
+    stored, read = [(7, 4, 6, 3)], [[7, 5, 4, 2]]
+    last = BLOCK - 1 + window  # the first position that sees it as old
+    make = lambda: Cache(stored, 1, 32, -(-(last + 2) // BLOCK), read, window)  # noqa: E731
+    expected, found = make(), make()
+    qkv = rows(window, last + 2, 4 * 32)
+    angles = np.random.default_rng(window).standard_normal((last + 2, 16))
+    cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    wanted = qkv.copy()
+    expected.store(wanted, 2, 0, 0, cos, sin)
+    kernels.planes_rope_store(qkv, 2, found.native, 0, 0, cos, sin)
+    tail = slice(last - 1, last + 2)
+    out = expected.attention(wanted[tail], 2, 0, last - 1, 0.3)
+    for isa in ISAS:
+        with kernels.use_isa(isa):
+            assert_same_bits(kernels.planes_attention(qkv[tail], 2, found.native, 0, last - 1, 0.3), out)

@@ -64,6 +64,7 @@ def describe(file: TaperFile, damaged: list[str] | None) -> dict[str, Any]:
         "has_chat_template": file.chat_template is not None,
         "policies": file.policies,
         "learned": _learned(file),
+        "activations": file.header.activations.to_dict(),
         "card": file.card,
         "provenance": file.provenance,
         "damaged": damaged,
@@ -100,7 +101,7 @@ def _text(description: dict[str, Any]) -> str:
             "",
             "quality       no card (taper eval --text --against --write-card makes one)",
         ]
-    for title in ("policies", "learned", "provenance"):
+    for title in ("policies", "learned", "activations", "provenance"):
         if description[title]:
             lines += ["", title, *_nested(description[title])]
     return "\n".join(lines)

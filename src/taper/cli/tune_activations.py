@@ -100,12 +100,12 @@ def _text(report: ActivationReport, max_loss: float) -> str:
         ]
         for tested in report.tested
     ]
+    limit = "" if report.result.is_finished else " (the limit)"
+    calibrated, held_out = report.num_tokens
     lines = [
-        f"{', '.join(report.names)}; weights at {report.bits} bits; {len(report.result.evaluations)} evaluations on "
-        f"{report.num_tokens[0]:,} tokens{'' if report.result.is_finished else ' (the limit)'}",
-        table(
-            ["best so far", f"loss on {report.num_tokens[1]:,} held-out tokens", "95 % bound", "within"], rows
-        ),
+        f"{', '.join(report.names)}; weights at {report.bits} bits; "
+        f"{len(report.result.evaluations)} evaluations{limit} on {calibrated:,} tokens",
+        table(["best so far", f"loss on {held_out:,} held-out tokens", "95 % bound", "within"], rows),
     ]
     if report.winner is not None and report.saving is not None:
         what = (

@@ -108,7 +108,9 @@ class PlanesCache:
         self._num_tokens = 0
         self._table: I32 = np.full((2, num_blocks), _NONE, np.int32)
         self._num_released = 0  # blocks that have given up their lower parts, all at the beginning
-        self._bits, self._window = _read_bits(kv, kv if reading is None else reading, num_layers)
+        reading = kv if reading is None else reading
+        self._bits, self._window = _read_bits(kv, reading, num_layers)
+        self._reads_lower = _exceeds_kept(kv, reading, num_layers)
         lower = None if pool.lower is None else pool.lower.memory
         self.native = PlanesBlocks(
             pool.layout, pool.upper.memory, lower, self._table, self._bits, self._window
@@ -216,7 +218,8 @@ class PlanesCache:
     def keeps(self, num_tokens: int) -> int:
         """The largest number of entries up to `num_tokens` that it can be truncated to: this many, or none
         where the next token would read planes that were given up."""
-        return num_tokens if self._num_released <= self._num_old(num_tokens) else 0
+        spared = self._num_old(num_tokens) if self._reads_lower else num_tokens // BLOCK_ENTRIES
+        return num_tokens if self._num_released <= spared else 0
 
     def fork(self, num_tokens: int, capacity: int, reading: KvPlanes | None = None) -> PlanesCache:
         """Another sequence that begins with the first entries of this one. Blocks are shared until one of the
@@ -277,8 +280,7 @@ class PlanesCache:
 def _read_bits(kv: KvPlanes, reading: KvPlanes, num_layers: int) -> tuple[npt.NDArray[np.uint8], int]:
     """Bits read, uint8 (layers, 4), and the window. Raises UsageError where it is more than is kept."""
     window = _FAR if reading.window is None else reading.window
-    gives_up = any(kv.layer(layer)[:2] != kv.layer(layer)[2:] for layer in range(num_layers))
-    if kv.window is not None and window > kv.window and gives_up:
+    if kv.window is not None and window > kv.window and _exceeds_kept(kv, reading, num_layers):
         raise UsageError(
             f"a KV cache {kv} keeps all bits for {kv.window} entries; {reading} reads them longer",
             f"read at a window of at most {kv.window}",
@@ -291,6 +293,12 @@ def _read_bits(kv: KvPlanes, reading: KvPlanes, num_layers: int) -> tuple[npt.ND
                 f"read at most what is stored, up to {MAX_KV_BITS} bits",
             )
     return bits, window
+
+
+def _exceeds_kept(kv: KvPlanes, reading: KvPlanes, num_layers: int) -> bool:
+    """Whether a reading takes more bits of recent entries than are kept of old ones."""
+    pairs = [(reading.layer(layer), kv.layer(layer)) for layer in range(num_layers)]
+    return any(read[0] > kept[2] or read[1] > kept[3] for read, kept in pairs)
 
 
 def _give_back_all(pool: KvPool, table: I32) -> None:

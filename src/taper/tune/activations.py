@@ -1,4 +1,4 @@
-"""Bits of activations and of the KV cache, found on calibration text, tested on held-out text (docs/anda.md)."""
+"""Bits of activations and KV cache, found on calibration text and tested on held-out text (docs/anda.md)."""
 
 from __future__ import annotations
 
@@ -322,7 +322,7 @@ class JointSpace:
 
 
 class _StepCosts:
-    """Measured: a decode step with narrow and with wide activations, and with keys and values of each width."""
+    """Measured: decode steps with narrow and with wide activations, with keys and values of each width."""
 
     def __init__(self, file: TaperFile, bits: int) -> None:
         self._file, self._bits = file, bits
