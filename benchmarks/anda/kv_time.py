@@ -3,9 +3,9 @@
     python -m taper.testing.random_model --out 1.1b.taper --shape 1.1b --bits 2-4
     python benchmarks/anda/kv_time.py 1.1b.taper --json OUT.json
 
-For each context a cache of each format is filled with random entries; then steps of one token alternate between
-the formats, each round in another order, and the native decoder says what its attention took. Medians, and the
-median of the ratios to float16 of the same round with the least and the largest.
+For each context a cache of each format is filled with random entries; then steps of one token alternate
+between the formats, each round in another order, and the native decoder says what its attention took. Medians, and
+the median of the ratios to float16 of the same round with the least and the largest.
 """
 
 from __future__ import annotations
@@ -129,9 +129,10 @@ def main() -> None:
     )
     for row in found["rows"]:
         low, high = row["ratio_range"]
+        ratio = f"{row['ratio']:.3f} ({low:.3f} to {high:.3f})"
         print(
-            f"{row['context']:8} {row['kv']:10} {row['attention_ms']:7.2f} ms {row['ratio']:8.3f} ({low:.3f}, "
-            f"{high:.3f})     {row['share']:7.1%} {row['bytes_held'] / 1e6:8.1f}"
+            f"{row['context']:8} {row['kv']:10} {row['attention_ms']:7.2f} ms {ratio:>26} {row['share']:7.1%} "
+            f"{row['bytes_held'] / 1e6:8.1f}"
         )
     line = json.dumps(found)
     if options.json is not None:

@@ -78,6 +78,8 @@ struct Vec16 {
   }
   static F power_of_two(F n) { return {power_of_two(n.lo), power_of_two(n.hi)}; }
 
+  static F scaled(F x, F n) { return mul(x, power_of_two(n)); }  // x * 2^n
+
   // (a, b) -> (a + b, a - b) on lanes that are S apart.
   template <int S>
   static F butterfly(F x) {

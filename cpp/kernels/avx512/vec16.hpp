@@ -46,9 +46,7 @@ struct Vec16 {
   static F zero_where_less(F x, F limit, F y) {                                          // x < limit ? 0 : y
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, limit, _CMP_NLT_UQ), y);
   }
-  static F power_of_two(F n) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
-  }
+  static F scaled(F x, F n) { return _mm512_scalef_ps(x, n); }  // x * 2^n
 
   // (a, b) -> (a + b, a - b) on lanes that are S apart.
   template <int S>

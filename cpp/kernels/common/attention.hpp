@@ -93,12 +93,12 @@ inline void softmax(float* scores, int64_t n, float* max_score, float* sum, cons
       n,
       [&](int64_t t) {
         beside();
-        const auto w = exp<V>(V::sub(V::load(scores + t), V::set(max)));
+        const auto w = exp_bounded<V>(V::sub(V::load(scores + t), V::set(max)));
         V::store(scores + t, w);
         sums = V::add(sums, w);
       },
       [&](int64_t t, int64_t count) {
-        V::store(scores + t, exp<V>(V::sub(V::load(scores + t), V::set(max))));
+        V::store(scores + t, exp_bounded<V>(V::sub(V::load(scores + t), V::set(max))));
         sums = V::add(sums, V::load_first(scores + t, count));
       });
   *max_score = max;
