@@ -23,9 +23,10 @@ HEIGHT = {
     "engine": 4,
     "quantize": 5,
     "evaluate": 5,
+    "planner": 6,
     "tune": 6,
-    "cli": 7,
-    "testing": 7,
+    "cli": 8,
+    "testing": 8,
 }
 SIDEWAYS = {("models", "kvcache"), ("models", "precision")}
 NEVER = {"torch", "transformers", "matplotlib"}

@@ -25,6 +25,7 @@ COMMANDS = {
     "eval": "Measure quality at several widths.",
     "recommend": "Say which bits fit a memory or a loss.",
     "tune": "Find a schedule of bits for a task.",
+    "plan": "Measure step times for the planner.",
     "bench": "Measure prefill and decode speed.",
 }
 

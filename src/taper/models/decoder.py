@@ -222,6 +222,36 @@ class Decoder:
         assert out is not None
         return out
 
+    def forward_batch(
+        self, tokens: I32 | Sequence[int], sequences: Sequence[tuple[int, KvCache]], bits: Bits
+    ) -> F32:
+        """Run the next tokens of several sequences, of one or of many each, in one pass over the weights.
+
+        Args:
+            tokens: (tokens,) ids, those of the first sequence first.
+            sequences: how many of them are whose; each another cache. All are unchanged when an error is
+                raised.
+            bits: as in `forward`.
+
+        Returns:
+            Float32 (sequences, vocab_size), from the last token of each.
+
+        Raises:
+            UsageError, DoesNotFitError, TaperError: as `decode_batch`.
+        """
+        ids = self._checked_tokens(tokens)
+        self._checked_widths(bits, "last")
+        counts = [count for count, _ in sequences]
+        if min(counts, default=0) < 1 or sum(counts) != len(ids):
+            raise UsageError(f"{len(ids)} tokens come for sequences of {counts}", hint="count each once")
+        if len({id(cache) for _, cache in sequences}) != len(counts):
+            raise UsageError("a cache comes twice", hint="give each sequence a cache of its own")
+        if self._parts.native is None:
+            raise UsageError("a float model runs one sequence at a time", hint="use a .taper file")
+        out = self._step(self._parts.native, ids, sequences, bits, "last")
+        assert out is not None
+        return out
+
     def _step(
         self,
         native: NativeDecoder,
