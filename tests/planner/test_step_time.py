@@ -113,15 +113,21 @@ def test_rows_beyond_the_last_knot_go_on_with_its_slope() -> None:
     assert at[1] > at[0]
 
 
-def test_residuals_follow_the_ninetieth_percentile_of_a_width() -> None:
+def test_residuals_follow_the_ninetieth_percentile_of_means_over_sixteen_passes() -> None:
     residuals = Residuals(quantile=0.9, prior=1.5)
+    for _ in range(15):
+        residuals.observe(4, 1.0, 1.0)
     assert residuals.factor(4) == 1.5
-    for index in range(100):
-        residuals.observe(4, 1.0, 1 + index / 100)
-    # The last refresh was after 96 passes, of ratios 1.00 to 1.95: 0.9 x 95 rounds down to the 86th.
-    assert residuals.factor(4) == pytest.approx(1.85)
-    assert residuals.factor(2) == pytest.approx(1.85)  # nothing seen of it: the latest of another width
-    for _ in range(128):
+    residuals.observe(4, 0.0, 9.0)  # a pass without rows says nothing
+    residuals.observe(4, 1.0, 1.0)
+    assert residuals.factor(4) == pytest.approx(1.0)
+    for block in range(1, 16):
+        for index in range(16):
+            residuals.observe(4, 2.0, 2.0 + block / 5 + (-0.5 if index % 2 else 0.5))
+    # Means 1.0, 1.1, ... 2.5; 0.9 x 15 rounds to the 14th above the least.
+    assert residuals.factor(4) == pytest.approx(2.4)
+    assert residuals.factor(2) == pytest.approx(2.4)  # nothing seen of it: the latest of another width
+    for _ in range(256):
         residuals.observe(4, 1.0, 0.5)
     assert residuals.factor(4) == pytest.approx(0.5)
 

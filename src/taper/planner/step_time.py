@@ -187,44 +187,40 @@ def _features(one: Measurement) -> list[float]:
     return [1.0, *(max(0.0, step) for step in steps), one.decode_tokens, one.context_tokens, *capped]
 
 
-# Passes that a correction looks back on: enough for a 90th percentile, few enough to follow a machine that
-# becomes slower within seconds.
-_WINDOW = 128
-_REFRESH = 16
+# A promise is about the sum of many passes: percentiles are taken of means over 16 passes in a row, of the
+# latest 16 such means. Single passes that vary by 10 % would cost 13 % of the machine, their means cost 3 %.
+_BLOCK, _BLOCKS = 16, 16
 
 
 class Residuals:
     """Measured over predicted time of the latest passes by width, for promises that hold on a busy machine.
 
-    Before any pass of a width was seen, the latest factor of another width counts, or `prior`.
+    Before 16 passes of a width were seen, the latest factor of another width counts, or `prior`.
 
     Args:
-        quantile: 0..1, of the factor that `factor` gives; 0.9 for promises.
+        quantile: 0..1, of the mean ratios of 16 passes; 0.9 for promises.
         prior: factor before anything was seen.
     """
 
     def __init__(self, quantile: float = 0.9, prior: float = 1.1) -> None:
         self._quantile, self._latest = quantile, prior
-        self._ratios: dict[float, deque[float]] = {}
+        self._sums: dict[float, tuple[float, int]] = {}
+        self._means: dict[float, deque[float]] = {}
         self._factors: dict[float, float] = {}
-        self._unseen = 0
-        self.version = 0
 
     def observe(self, bits: float, predicted_s: float, seconds: float) -> None:
         """Take in the time of a pass; nothing for a pass that was predicted to take none."""
         if predicted_s <= 0:
             return
-        ratios = self._ratios.get(bits)
-        if ratios is None:
-            ratios = self._ratios[bits] = deque(maxlen=_WINDOW)
-        ratios.append(seconds / predicted_s)
-        self._unseen += 1
-        if self._unseen >= _REFRESH:
-            self._unseen = 0
-            ordered = sorted(ratios)
-            # The mean over passes is what a finish time adds up; the quantile of single passes is above it.
-            self._latest = self._factors[bits] = ordered[int(self._quantile * (len(ordered) - 1))]
-            self.version += 1
+        total, count = self._sums.get(bits, (0.0, 0))
+        total, count = total + seconds / predicted_s, count + 1
+        if count == _BLOCK:
+            means = self._means.setdefault(bits, deque(maxlen=_BLOCKS))
+            means.append(total / count)
+            ordered = sorted(means)
+            self._latest = self._factors[bits] = ordered[int(self._quantile * (len(ordered) - 1) + 0.5)]
+            total, count = 0.0, 0
+        self._sums[bits] = (total, count)
 
     def factor(self, bits: float) -> float:
         """What to multiply a predicted time by."""

@@ -1,0 +1,375 @@
+"""The planner: which requests to serve and at which bits, so that every promise made is kept."""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import deque
+from dataclasses import dataclass
+from math import inf
+
+from taper.engine.schedule import EngineState, SequenceView, StepPlan
+from taper.planner.forecast import Demand, OperatingPoint, OutputLengths, PassTimes, operating_point
+from taper.planner.promises import STEADY_ROWS, Members
+
+# Arrivals that the forecast looks back on, and how often it does.
+_WINDOW, _EVERY = 128, 32
+# Seconds of thinking that one admission test counts for against the budget (8 us measured with 16 members),
+# and a look at the state. Counted, not measured: plans depend on states and times alone.
+_NODE_S, _PLAN_S = 10e-6, 20e-6
+# Of the batch that is for any request although a better one may come: an idle place serves nobody.
+_OPEN_FRAC = 0.5
+# Entries that a token is taken to see, and sequences that share a pass, in the cost of a request.
+_TYPICAL_ENTRIES = 128
+# Passes after which the width is looked at again although nobody came or went.
+_REVIEW_PASSES = 16
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """A waiting request: what its place in the queue depends on.
+
+    Attributes:
+        bits: least width that its floor allows.
+        cost_s: of the machine.
+        latest_s: when it must start to make its deadline alone.
+        blocks: of the KV cache that it may need.
+    """
+
+    view: SequenceView
+    bits: float
+    cost_s: float
+    latest_s: float
+    blocks: int
+
+
+class Planner:
+    """Serves the most requests whose deadlines can be promised: DFTSP over time, memory and bits.
+
+    - Running sequences are mandatory. A waiting request is taken when a certificate says that it and all of
+      them finish in time (`Members`), with step times corrected to the 90th percentile of what was measured.
+    - Bits of a pass: the least that the members' floors allow while anything waits; otherwise the largest at
+      which the certificate still holds.
+    - Under overload requests are taken in rising order of the machine's seconds that they need, those whose
+      floor is above the operating width last (`operating_point`); otherwise by deadline.
+    - A request that cannot make it any more is refused at once; so is the end of a long queue.
+
+    Replans when a sequence came or went and every 16 passes; otherwise the last plan is repeated. Tests of
+    candidates are counted against `budget_frac` of the passes' time: beyond it, candidates wait for a later
+    pass. Deterministic: nothing depends on a clock but what is given.
+
+    Args:
+        budget_frac: share of the passes' time for planning.
+        max_waiting: requests that wait at most; the least valuable beyond it are refused.
+    """
+
+    def __init__(self, budget_frac: float = 0.01, max_waiting: int = 64) -> None:
+        self._budget_frac, self._max_waiting = budget_frac, max_waiting
+        self._times, self._lengths = PassTimes(), OutputLengths()
+        self._queue: dict[int, _Waiting] = {}
+        self._ranked: list[tuple[tuple[float, ...], int]] = []
+        self._soonest_s = inf
+        self._demands: deque[Demand] = deque(maxlen=_WINDOW)
+        self._arrivals = 0
+        self._point = OperatingPoint()
+        self._credit_s = 1e-3
+        self._predicted_s = 0.0
+        self._running: dict[int, SequenceView] = {}
+        self._expected_count = 0
+        self._has_news = True
+        self._quiet_passes = 0
+        self._raised_bits = self._floor_bits = 0.0
+        self._prompt_rows = 0
+        self._floors: dict[float, float] = {}
+        self._widths: tuple[float, ...] = ()
+        # Candidates that failed a test since a sequence ended: the test can only have become harder.
+        self._failed: set[int] = set()
+
+    def admit(self, now_s: float, state: EngineState, new: SequenceView) -> str | None:
+        """Why a new request is refused at once; None where it may wait."""
+        self._times.use(state.step_time)
+        if new.min_bits > state.widths[-1]:
+            return f"no width of {new.min_bits:g} bits; the largest now is {state.widths[-1]:g}"
+        one = self._waiting(state, new)
+        if one.blocks > state.kv_blocks:
+            return f"needs {one.blocks} KV blocks, there are {state.kv_blocks}"
+        self._note_demand(state, one)
+        if now_s > one.latest_s:
+            return "the deadline cannot be met, even alone"
+        self._enqueue(one)
+        self._has_news = True
+        return None
+
+    def schedule(self, now_s: float, state: EngineState) -> StepPlan:
+        """The next pass."""
+        self._times.use(state.step_time)
+        if state.widths is not self._widths and state.widths != self._widths:
+            self._widths = state.widths
+            self._floors.clear()
+        self._adopt(state)
+        refuse = self._refusals(now_s)
+        finish = self._cut(now_s, state)
+        running = [v for v in state.running if v.id not in finish] if finish else list(state.running)
+        if len(state.running) != self._expected_count or finish:
+            self._learn_lengths(state.running)
+            self._failed.clear()
+            self._has_news = True
+        decoding = [v for v in running if v.num_generated and v.num_prefilled >= v.prompt_tokens]
+        is_prefilling = len(decoding) < len(running)
+        self._quiet_passes += 1
+        taken: list[SequenceView] = []
+        if (self._has_news or self._quiet_passes >= _REVIEW_PASSES) and (self._credit_s > 0 or not running):
+            taken = self._replan(now_s, state, running, len(decoding))
+        prefill = self._prompts(state, running, len(decoding), taken) if taken or is_prefilling else ()
+        bits = max(self._raised_bits, self._floor_bits)
+        if running and bits < (floor := max([view.min_bits for view in running])):
+            bits = _width(state, floor)  # members that no replan has seen, such as those of another scheduler
+        return self._plan(state, running, decoding, prefill, bits, refuse, finish)
+
+    def observe(self, plan: StepPlan, seconds: float) -> None:
+        """Learn from the time that a pass took."""
+        self._times.residuals.observe(plan.bits, self._predicted_s, seconds)
+        self._credit_s = min(self._credit_s + self._budget_frac * seconds, 2e-3)
+
+    def _replan(
+        self, now_s: float, state: EngineState, running: list[SequenceView], decoding: int
+    ) -> list[SequenceView]:
+        """Decide who starts, how many rows prompts get and the bits, until there is news."""
+        if self._quiet_passes >= _REVIEW_PASSES:
+            self._failed.clear()
+        self._credit_s -= _PLAN_S
+        self._quiet_passes = 0
+        members = self._members(now_s, state, running)
+        taken, members, is_all = self._take(now_s, state, running, members)
+        self._floor_bits = members.bits
+        is_calm = is_all and not self._point.is_overload and members.count < 0.7 * state.max_batch
+        self._raised_bits = self._widest(state, members, running, taken) if is_calm else 0.0
+        self._prompt_rows = state.max_step_tokens
+        if members.unread:
+            self._prompt_rows = members.prompt_rows(state.max_step_tokens - decoding, decoding)
+        return taken
+
+    def _prompts(
+        self, state: EngineState, running: list[SequenceView], decoding: int, taken: list[SequenceView]
+    ) -> tuple[tuple[SequenceView, int], ...]:
+        """Rows of prompts: sequences that have begun, then those that start."""
+        unread = [
+            view for view in running if not view.num_generated or view.num_prefilled < view.prompt_tokens
+        ]
+        unread.sort(key=lambda view: (-view.priority, view.deadline_s))
+        rows = min(self._prompt_rows, state.max_step_tokens - decoding)
+        prefill = []
+        for view in (*unread, *taken):
+            count = min(rows, _unread(view))
+            if count <= 0:
+                self._has_news = True  # one that was taken waits for rows, and for another test
+                break
+            prefill.append((view, count))
+            rows -= count
+            self._queue.pop(view.id, None)
+        return tuple(prefill)
+
+    def _plan(
+        self,
+        state: EngineState,
+        running: list[SequenceView],
+        decoding: list[SequenceView],
+        prefill: tuple[tuple[SequenceView, int], ...],
+        bits: float,
+        refuse: tuple[tuple[int, str], ...],
+        finish: tuple[int, ...],
+    ) -> StepPlan:
+        """Put the pass together, and note what it should take."""
+        context = sum(_entries(view) for view in decoding) + len(decoding)
+        unread = 0
+        for view, count in prefill:
+            unread += count
+            context += count * view.num_prefilled + count * (count + 1) // 2
+        self._predicted_s = state.step_time.seconds(bits, len(decoding), unread, context)
+        self._expected_count = len(running) + sum(not view.is_running for view, _ in prefill)
+        return StepPlan(
+            bits=bits if decoding or prefill else 0,
+            prefill=tuple((view.id, count) for view, count in prefill),
+            decode=tuple(view.id for view in decoding),
+            refuse=refuse,
+            finish=finish,
+        )
+
+    def _members(self, now_s: float, state: EngineState, running: list[SequenceView]) -> Members:
+        entries = sum([view.num_prefilled + view.num_generated for view in running])
+        members = Members(self._times, state.widths[0], entries // max(1, len(running)) + 24)
+        floors = self._floors
+        for view in running:
+            prompt = view.prompt_tokens - view.num_prefilled
+            bits = floors.get(view.min_bits)
+            if bits is None:
+                bits = floors[view.min_bits] = _width(state, view.min_bits)
+            members.add(self._left(view), _left_s(now_s, view), prompt if prompt > 0 else 0, bits)
+            if prompt > 0 and view.on_miss == "truncate":
+                members.first_s = min(members.first_s, view.deadline_s - now_s)
+        return members
+
+    def _take(
+        self, now_s: float, state: EngineState, running: list[SequenceView], members: Members
+    ) -> tuple[list[SequenceView], Members, bool]:
+        """Waiting requests to start, the members with them, and whether all that wait were taken."""
+        taken: list[SequenceView] = []
+        limit = min(state.max_batch, state.max_step_tokens - 1)
+        free = state.kv_blocks - sum(_blocks(state, view) for view in running)
+        self._has_news = False
+        self._ranked = [ranked for ranked in self._ranked if ranked[1] in self._queue]
+        is_first = True
+        for _, number in self._ranked:
+            if number in self._failed:
+                continue
+            if members.count >= limit:
+                break
+            if self._credit_s <= 0 and not is_first:
+                self._has_news = True  # the rest is tested in later passes
+                break
+            is_first = False
+            self._credit_s -= _NODE_S
+            one = self._queue[number]
+            is_open = members.count < _OPEN_FRAC * state.max_batch
+            if one.blocks > free or not (is_open or self._is_worth(one)):
+                self._failed.add(number)
+                continue
+            view = one.view
+            more = members.with_one(self._left(view), _left_s(now_s, view), _unread(view), one.bits)
+            if view.on_miss == "truncate":
+                more.first_s = min(more.first_s, view.deadline_s - now_s)
+            if more.holds(more.bits):
+                members = more
+                free -= one.blocks
+                taken.append(view)
+            else:
+                self._failed.add(number)
+        return taken, members, len(taken) == len(self._queue)
+
+    def _is_worth(self, one: _Waiting) -> bool:
+        return one.bits <= self._point.bits and one.cost_s <= self._point.price_s
+
+    def _widest(
+        self, state: EngineState, members: Members, running: list[SequenceView], taken: list[SequenceView]
+    ) -> float:
+        """The largest width at which all promises hold and that nobody's `max_bits` excludes."""
+        wanted = min((view.max_bits for view in (*running, *taken)), default=inf)
+        for bits in reversed(state.widths):
+            if bits <= members.bits:
+                break
+            if bits <= wanted and members.can_drain(bits):
+                return bits
+        return 0.0
+
+    def _waiting(self, state: EngineState, view: SequenceView) -> _Waiting:
+        bits = _width(state, view.min_bits)
+        unread, left = _unread(view), self._left(view)
+        prompt = unread * self._times.prompt_token(bits)
+        alone = prompt + left * self._times.decode(bits, 1, view.prompt_tokens)
+        if view.on_miss == "truncate":
+            alone = prompt + self._times.decode(bits, 1, view.prompt_tokens)  # one token is an answer
+        # A request in a hurry can share its passes with few others, and pays for more of each.
+        pace, rows = (view.deadline_s - view.arrival_s) / (left + unread / STEADY_ROWS), state.max_batch
+        while rows > 1 and self._times.decode(bits, rows, _TYPICAL_ENTRIES, STEADY_ROWS) > pace:
+            rows = rows * 3 // 4
+        cost = prompt + left * self._times.decode(bits, rows, _TYPICAL_ENTRIES) / rows
+        return _Waiting(view, bits, cost, view.deadline_s - alone, _blocks(state, view))
+
+    def _note_demand(self, state: EngineState, one: _Waiting) -> None:
+        own = self._times.decode(one.bits, 24, _TYPICAL_ENTRIES)
+        costs = {
+            bits: one.cost_s * self._times.decode(bits, 24, _TYPICAL_ENTRIES) / own for bits in state.widths
+        }
+        self._demands.append(Demand(one.bits, one.view.arrival_s, costs))
+        self._arrivals += 1
+        if self._arrivals % _EVERY == 0:
+            self._point = operating_point(self._demands, state.widths)
+            self._ranked = sorted((self._rank(other), number) for number, other in self._queue.items())
+
+    def _enqueue(self, one: _Waiting) -> None:
+        self._queue[one.view.id] = one
+        insort(self._ranked, (self._rank(one), one.view.id))
+        self._soonest_s = min(self._soonest_s, one.latest_s)
+
+    def _rank(self, one: _Waiting) -> tuple[float, ...]:
+        if self._point.is_overload:
+            return (-one.view.priority, one.bits > self._point.bits, one.cost_s)
+        return (-one.view.priority, 0, one.view.deadline_s)
+
+    def _adopt(self, state: EngineState) -> None:
+        """Waiting requests that `admit` did not see, such as preempted ones; forget those that left."""
+        if len(state.waiting) == len(self._queue):
+            return
+        there = {view.id for view in state.waiting}
+        for number in [number for number in self._queue if number not in there]:
+            del self._queue[number]
+        for view in state.waiting:
+            if view.id not in self._queue:
+                self._enqueue(self._waiting(state, view))
+        self._has_news = True
+
+    def _refusals(self, now_s: float) -> tuple[tuple[int, str], ...]:
+        """Those that cannot make it any more, and the least valuable beyond the queue's length."""
+        refused: list[tuple[int, str]] = []
+        if now_s > self._soonest_s:
+            late = [number for number, one in self._queue.items() if now_s > one.latest_s]
+            refused = [(number, "the deadline cannot be met any more") for number in late]
+        if len(self._queue) - len(refused) > self._max_waiting:
+            gone = {number for number, _ in refused}
+            kept = [number for _, number in self._ranked if number in self._queue and number not in gone]
+            refused += [(number, "overload: the queue is full") for number in kept[self._max_waiting :]]
+        for number, _ in refused:
+            del self._queue[number]
+        if refused:
+            self._soonest_s = min((one.latest_s for one in self._queue.values()), default=inf)
+        return tuple(refused)
+
+    def _cut(self, now_s: float, state: EngineState) -> tuple[int, ...]:
+        """Answers that end because the next pass may be over only after their deadline."""
+        cut = [view for view in state.running if view.on_miss == "truncate" and view.num_generated]
+        if not cut:
+            return ()
+        # Who starts in it is not decided yet, nor its bits: the longest pass that there is.
+        rows = len(state.running)
+        prompts = max(0, state.max_step_tokens - rows)
+        latest = now_s + self._times.decode(state.widths[-1], rows, _TYPICAL_ENTRIES, prompts)
+        return tuple(view.id for view in cut if latest > view.deadline_s)
+
+    def _left(self, view: SequenceView) -> int:
+        """Tokens that a sequence decodes yet, at most."""
+        bound = min(view.expected_tokens, self._lengths.bound(view.num_generated, view.max_tokens))
+        return max(1, bound - view.num_generated)
+
+    def _learn_lengths(self, running: tuple[SequenceView, ...]) -> None:
+        now = {view.id: view for view in running}
+        for number, view in self._running.items():
+            if number not in now and view.num_generated:
+                self._lengths.observe(min(view.max_tokens, view.num_generated + 1), view.max_tokens)
+        self._running = now
+
+
+def _width(state: EngineState, floor: float) -> float:
+    """The least width that keeps a floor."""
+    return next((bits for bits in state.widths if bits >= floor), state.widths[-1])
+
+
+def _left_s(now_s: float, view: SequenceView) -> float:
+    """Seconds to the deadline; a sequence that is cut at its deadline never makes others wait."""
+    return inf if view.on_miss == "truncate" else view.deadline_s - now_s
+
+
+def _unread(view: SequenceView) -> int:
+    """Tokens to run before it decodes: the prompt, and after a preemption what it had generated."""
+    return view.prompt_tokens + view.num_generated - view.num_prefilled
+
+
+def _entries(view: SequenceView) -> int:
+    return (
+        view.num_prefilled
+        if view.num_prefilled > view.prompt_tokens
+        else view.num_prefilled + view.num_generated
+    )
+
+
+def _blocks(state: EngineState, view: SequenceView) -> int:
+    """KV blocks that a sequence has at its longest."""
+    return -(-(view.prompt_tokens + view.max_tokens) // state.block_tokens)
