@@ -3,8 +3,8 @@
     python benchmarks/serving/simulate.py --out DIR [--calibration FILE] [--requests 600] [--seeds 3]
 
 The machine is the embedded model's measured step times: run `taper plan --calibrate -` first. Saturation is
-what FCFS serves a second at the least width when all wait at once and nobody has a deadline. Requests:
-- prompts and limits log-normal (median 55; 8 to 400 and 8 to 256 tokens), answers of 30 to 100 % of the limit;
+what FCFS serves a second at the least width when all wait at once without a deadline. Requests:
+- prompts and limits log-normal (median 55; 8 to 400, 8 to 256 tokens), answers of 30 to 100 % of the limit;
 - deadlines 4, 8, 20 or 60 times what one takes alone at the largest width (20, 30, 30, 20 % of them);
 - floors of none, 3, 4 or the largest width (30, 25, 25, 20 %);
 - Poisson arrivals; passes vary by 10 %.
