@@ -165,3 +165,14 @@ def test_the_parent_stays_small():
 def test_bad_messages_are_refused(messages, reason):
     with pytest.raises(UsageError, match=reason):
         ChatTemplate(CHATML).render(messages)
+
+
+def test_tools_are_given_to_the_template():
+    source = "{% for t in tools or [] %}{{ t.function.name }};{% endfor %}{{ messages[0].content }}"
+    template = ChatTemplate(source)
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    assert template.knows_tools
+    assert template.render([{"role": "user", "content": "x"}], tools=tools) == "look;x"
+    assert template.render([{"role": "user", "content": "x"}]) == "x"
+    assert not ChatTemplate(CHATML).knows_tools
+    template.close()

@@ -44,6 +44,7 @@ class LLM:
         notice: what the user should know about the file, such as that it is cut short.
         limits: as in `Engine`.
         learned: the file's scheduler for the policy `learned`.
+        card: the file's quality card; empty where there is none.
     """
 
     def __init__(
@@ -55,12 +56,15 @@ class LLM:
         notice: str | None = None,
         limits: Limits | None = None,
         learned: LearnedScheduler | None = None,
+        card: Mapping[str, Any] | None = None,
     ) -> None:
         tokenizer = None if tokenizer_json is None else Tokenizer(tokenizer_json)
         self.engine = Engine(model, tokenizer, limits=limits)
         self.policies = dict(policies or {})
         self.notice = notice
         self.learned = learned
+        self.card = dict(card or {})
+        self.tokenizer_json = tokenizer_json
         self._template = ChatTemplate(chat_template, self._template_variables()) if chat_template else None
 
     @property
@@ -87,6 +91,11 @@ class LLM:
     def has_chat_template(self) -> bool:
         """Whether `chat` works."""
         return self._template is not None
+
+    @property
+    def knows_tools(self) -> bool:
+        """Whether the chat template writes tools into the prompt."""
+        return self._template is not None and self._template.knows_tools
 
     def stream(
         self, prompt: str | Sequence[int], *, policy: str | PrecisionPolicy | None = None, **options: Any
@@ -150,8 +159,14 @@ class LLM:
         """
         return self.engine.audit(self.request(prompt, policy=policy, **{**options, "audit": True}), answer)
 
-    def render_chat(self, messages: Sequence[Message]) -> str:
+    def render_chat(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> str:
         """The prompt that the model's template makes of messages, each with `role` and `content`.
+
+        Args:
+            messages: of the chat.
+            tools: functions that the model may call; used by templates that know of tools (`knows_tools`).
 
         Raises:
             UsageError: a model without a template, or messages that it refuses.
@@ -160,7 +175,7 @@ class LLM:
             raise UsageError(
                 "the model has no chat template", "give a prompt to continue instead of messages"
             )
-        return self._template.render(messages)
+        return self._template.render(messages, tools=tools)
 
     def request(
         self, prompt: str | Sequence[int], *, policy: str | PrecisionPolicy | None = None, **options: Any
@@ -276,6 +291,7 @@ def _llm(model: Model, file: TaperFile, notice: str | None, limits: Limits) -> L
         notice,
         limits=limits,
         learned=file.learned,
+        card=file.card,
     )
 
 

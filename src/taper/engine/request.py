@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 
+from taper.engine.constraint import Constraint
 from taper.engine.sampling_params import SamplingParams
 from taper.errors import UsageError
 from taper.kvcache import KvPlanes, parse_kv
@@ -39,6 +41,7 @@ class Request:
         audit_bits: what the audit compares with; None takes the largest width that can be read by then.
         kv: what is read of a KV cache of planes, as `parse_kv` reads it, such as 4 where 7 bits are stored;
             None reads all that is stored.
+        constraint: makes what holds a sequence to a grammar or a text; None lets every token come.
 
     Raises:
         UsageError: `max_tokens` below 1, `audit_bits` without `audit`, a `kv` that is no magnitude bits.
@@ -58,6 +61,7 @@ class Request:
     audit: bool = False
     audit_bits: float | None = None
     kv: KvPlanes | str | None = None
+    constraint: Callable[[], Constraint] | None = None
     _cancelled: threading.Event = field(default_factory=threading.Event, repr=False, compare=False)
 
     def __post_init__(self) -> None:

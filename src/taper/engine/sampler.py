@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from taper.engine.constraint import Constraint
 from taper.engine.sampling_params import SamplingParams
 from taper.errors import TaperError, UsageError
 from taper.kernels import exp
@@ -211,13 +212,19 @@ class Sampler:
         vocab_size: length of the logits.
         prompt_ids: the prompt, for the repetition penalty.
         seed: of the draws, used in place of `params.seed`.
+        constraint: tokens that may be drawn; None for all. The raw distribution is reported all the same.
 
     Raises:
         UsageError: a bias for a token outside the vocabulary, more top log-probabilities than tokens.
     """
 
     def __init__(
-        self, params: SamplingParams, vocab_size: int, prompt_ids: SequenceOf[int], seed: int
+        self,
+        params: SamplingParams,
+        vocab_size: int,
+        prompt_ids: SequenceOf[int],
+        seed: int,
+        constraint: Constraint | None = None,
     ) -> None:
         outside = [token_id for token_id in params.logit_bias if token_id >= vocab_size]
         if outside:
@@ -225,6 +232,7 @@ class Sampler:
         if params.top_logprobs > vocab_size:
             raise UsageError(f"top_logprobs is {params.top_logprobs}; the vocabulary has {vocab_size} tokens")
         self.params = params
+        self._constraint = constraint
         self._random = np.random.Philox(key=seed)
         self._keys: list[int] = []  # the stream as far as it was used, shared with forks
         self._num_drawn = 0
@@ -242,6 +250,8 @@ class Sampler:
         other = copy.copy(self)
         if self._penalises:
             other._seen, other._counts = self._seen.copy(), dict(self._counts)
+        if self._constraint is not None:
+            other._constraint = self._constraint.fork()
         return other
 
     def sample(self, logits: Floats) -> SampledToken:
@@ -267,19 +277,23 @@ class Sampler:
             )
         if not self.params.is_greedy:
             token_id = self._race(scores)
+        if self._constraint is not None:
+            self._constraint.accept(token_id)
         if self._penalises:
             self._counts[token_id] = self._counts.get(token_id, 0) + 1
             self._seen[token_id] = True
         return token_id
 
     def _adjusted(self, logits: Floats) -> Floats:
-        """Penalties, then bias."""
-        if not self._penalises and not len(self._bias):
+        """Penalties, then bias, then the constraint."""
+        if not self._penalises and not len(self._bias) and self._constraint is None:
             return logits
         scores = logits.copy()
         if self._penalises:
             self._penalise(scores)
         scores[self._biased] += self._bias
+        if self._constraint is not None:
+            scores[~self._constraint.mask()] = -np.inf
         return scores
 
     def _penalise(self, scores: Floats) -> None:

@@ -43,12 +43,19 @@ class ChatTemplate:
         self._lock = threading.Lock()
         self._worker: subprocess.Popen[str] | None = None
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
         """Render the messages.
 
         Args:
             messages: each a mapping with `role` and `content`, both text; other keys are passed on.
             add_generation_prompt: end with the start of the assistant's answer.
+            tools: functions that the model may call, as the template's `tools`.
 
         Raises:
             UsageError: no messages, a message without role or content, a template that refuses the messages,
@@ -59,6 +66,7 @@ class ChatTemplate:
             **self._variables,
             "messages": [dict(message) for message in messages],
             "add_generation_prompt": add_generation_prompt,
+            **({} if tools is None else {"tools": [dict(tool) for tool in tools]}),
         }
         try:
             line = json.dumps(variables)
@@ -69,6 +77,11 @@ class ChatTemplate:
         if "error" in reply:
             raise UsageError(f"the model's chat template failed: {' '.join(reply['error'].split())}")
         return reply["text"]
+
+    @property
+    def knows_tools(self) -> bool:
+        """Whether the template's text mentions tools; one that does not would leave them out in silence."""
+        return "tools" in self._source
 
     def close(self) -> None:
         """End the child process; the next render starts another."""
