@@ -27,6 +27,11 @@ HEIGHT = {
     "tune": 6,
     "cli": 8,
     "testing": 8,
+    "planner": 5,
+    "tune": 6,
+    "server": 6,
+    "cli": 7,
+    "testing": 7,
 }
 SIDEWAYS = {("models", "kvcache"), ("models", "precision")}
 NEVER = {"torch", "transformers", "matplotlib"}
