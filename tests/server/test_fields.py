@@ -90,10 +90,10 @@ def test_a_chat_is_the_models_own_answer(server):
         "total_tokens": len(request.prompt) + 6,
         "prompt_tokens_details": {"cached_tokens": 0},
     }
-    assert reply["taper"]["bits"] == 8
+    assert reply["taper"]["bits"] == pytest.approx(sum(llm.generate(request).bits) / 6)
     assert reply["taper"]["deadline_met"] is None
     assert reply["taper"]["queue_ms"] >= 0
-    assert choice["taper"]["bits"] == [8] * 6
+    assert choice["taper"]["bits"] == list(llm.generate(request).bits)
     assert choice["finish_reason"] == "length"
 
 
@@ -165,7 +165,7 @@ def test_echo_scores_the_prompt_as_lm_eval_reads_it(server):
     assert all(len(part) == len(ids) + 1 for part in lists.values())
     assert lists["token_logprobs"][0] is None
     for cut in (1, 4, len(ids)):
-        next_token = good(text(server, prompt=[ids[:cut]], max_tokens=1, logprobs=20))["choices"][0][
+        next_token = good(text(server, prompt=[ids[:cut]], max_tokens=1, logprobs=20, bits=8))["choices"][0][
             "logprobs"
         ]
         top = next_token["top_logprobs"][0]
@@ -222,7 +222,7 @@ def test_a_text_stream(server):
     chunks = events(text(server, echo=True, stream=True))
     assert "".join(c["choices"][0]["text"] for c in chunks) == whole["choices"][0]["text"]
     assert chunks[-1]["choices"][0]["finish_reason"] == "length"
-    assert chunks[-1]["taper"]["bits"] == [8] * 6
+    assert chunks[-1]["taper"]["bits"] == whole["choices"][0]["taper"]["bits"]
 
 
 @pytest.mark.parametrize(
@@ -571,7 +571,7 @@ def test_a_full_queue(server):
         loop.max_waiting = 64
     assert response.status_code == 429
     assert response.json()["error"]["code"] == "queue_full"
-    assert response.headers["retry-after"] == "3"
+    assert response.headers["retry-after"] == "1"
 
 
 # --- the other routes -------------------------------------------------------------------------------------
@@ -590,7 +590,7 @@ def test_models_health_ready_metrics_monitor(server):
     found = metrics(server)
     for name in ("vllm:num_requests_running", "vllm:generation_tokens_total", "taper:precision_bits_bucket"):
         assert f"{name}{{" in found
-    assert client.get("/monitor").json()["models"]["tiny"]["kv_blocks"] == 4
+    assert client.get("/monitor").json()["models"]["tiny"]["kv_blocks"] == 1
 
 
 def test_the_description_is_of_the_structs(server):

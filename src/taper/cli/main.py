@@ -27,6 +27,7 @@ COMMANDS = {
     "tune": "Find a schedule of bits for a task.",
     "plan": "Measure step times for the planner.",
     "bench": "Measure prefill and decode speed.",
+    "serve": "Answer over HTTP, as OpenAI does.",
 }
 
 EXIT_FAILURE = 1

@@ -133,6 +133,10 @@ class Engine:
             sequence.sampler = given
         return TokenStream(sequence, self._steps(sequence))
 
+    def check(self, request: Request) -> None:
+        """Raise what `stream` would raise at once; nothing is run."""
+        self._admission.sequence(request)
+
     def generate(self, request: Request) -> Completion:
         """Run a request to its end. Raises what `stream` raises."""
         with self.stream(request) as stream:

@@ -129,7 +129,7 @@ def request_of(served: Served, ask: Common, prompt: str | list[int], **options: 
         stops = [ask.stop] if isinstance(ask.stop, str) else ask.stop or []
         options |= {"stop": tuple(stops), "ignore_eos": bool(ask.ignore_eos)}
     try:
-        return served.llm.request(prompt, policy=served.policy_of(ask), audit=bool(ask.audit), **options)
+        return served.llm.request(prompt, audit=bool(ask.audit), **options)
     except TaperError as error:
         raise from_taper(error) from error
 

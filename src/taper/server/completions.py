@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from taper.engine import Request, StepOutput
@@ -79,12 +79,12 @@ class CompletionTask:
     def _score(self, ids: list[int]) -> Request:
         """A request that says the prompt after its first token, whatever the model would have said.
 
-        At the bits of any other request, one decode pass a token; docs/serving.md has the cost.
+        One decode pass a token; docs/serving.md has the cost.
         """
         vocab_size = self._served.llm.config.vocab_size
         given = tuple(ids[1:])
         sampling = sampling_of(CompletionRequest(model="", prompt="", temperature=0), 0, self._ask.logprobs)
-        plain = CompletionRequest(model="", prompt="", bits=self._ask.bits, ignore_eos=True)
+        plain = CompletionRequest(model="", prompt="", ignore_eos=True)
         return request_of(
             self._served,
             plain,
@@ -98,7 +98,9 @@ class CompletionTask:
         """Run all of it. Raises ApiError."""
         generations = [self._started(job.requests) for job in self._jobs]
         try:
-            scores = [self._started([job.score] if job.score else []) for job in self._jobs]
+            scores = [
+                self._started([job.score] if job.score else [], self._score_terms) for job in self._jobs
+            ]
             generations += scores
             results = await asyncio.gather(*(generation.choices() for generation in generations))
         finally:
@@ -116,8 +118,14 @@ class CompletionTask:
         all_ends = ends or [choice.ended for score in scored for choice in score]
         return {**self._head(), "choices": choices, "usage": counted, "taper": taper_object(all_ends)}
 
-    def _started(self, requests: list[Request]) -> Generation:
-        generation = Generation(self._served.loop, requests, self._terms)
+    @property
+    def _score_terms(self) -> Terms:
+        """One width for the whole text, the largest allowed: a score must not depend on the load."""
+        width = min(self._terms.max_bits, self._served.llm.max_bits)
+        return replace(self._terms, min_bits=width, max_bits=width)
+
+    def _started(self, requests: list[Request], terms: Terms | None = None) -> Generation:
+        generation = Generation(self._served.loop, requests, terms or self._terms)
         generation.start()
         return generation
 

@@ -11,7 +11,6 @@ from taper.engine import LLM, Audit, Request, StepOutput
 from taper.engine.schedule import Terms
 from taper.errors import TaperError
 from taper.server.errors import ApiError, from_taper, invalid
-from taper.server.fields import Common
 from taper.server.grammar import Grammars
 from taper.server.token_text import TokenText
 
@@ -127,7 +126,3 @@ class Served:
                 "has_quality_card": bool(llm.card.get("widths")),
             },
         }
-
-    def policy_of(self, ask: Common) -> Any:
-        """The policy of a request."""
-        return None

@@ -1,0 +1,90 @@
+"""`taper serve`: OpenAI's HTTP interface, with deadlines and bits for each request."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+import click
+
+from taper.cli.options import FILE_SIZE, model_path, set_threads, threads_option
+from taper.cli.terminal import note
+from taper.errors import UsageError
+
+KEY_VARIABLE = "TAPER_API_KEY"
+_NEEDED = ("starlette", "uvicorn", "msgspec", "prometheus_client", "llguidance")
+
+
+@click.command("serve")
+@click.argument("models", nargs=-1, metavar="[NAME=]FILE...")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8642, show_default=True, help="0: a free one.")
+@click.option(
+    "--api-key-file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help=f"File with the key that requests must send; or the variable {KEY_VARIABLE}.",
+)
+@click.option(
+    "--allow-host",
+    "allow_hosts",
+    multiple=True,
+    metavar="NAME",
+    help="A further name that the Host header may have; repeat for more.",
+)
+@click.option(
+    "--memory", type=FILE_SIZE, metavar="SIZE", help="For weights and KV caches of all models, as in 2GiB."
+)
+@click.option(
+    "--max-queue",
+    type=click.IntRange(1, 1 << 20),
+    default=256,
+    show_default=True,
+    help="Requests that may wait at a model; the next ones are refused with 429.",
+)
+@threads_option
+def command(
+    models: tuple[str, ...],
+    host: str,
+    port: int,
+    api_key_file: Path | None,
+    allow_hosts: tuple[str, ...],
+    memory: int | None,
+    max_queue: int,
+    threads: int | None,
+) -> None:
+    """Serve models (.taper files or Hugging Face folders; default: the one in the package) over HTTP.
+
+    POST /v1/chat/completions, /v1/completions, /v1/responses; GET /v1/models, /health, /ready, /metrics,
+    /openapi.json; a page for people at /. Ctrl-C ends it.
+    """
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        raise UsageError(f"taper serve needs {', '.join(missing)}", "pip install 'taper[server]'")
+    from taper.server.start import ServeOptions, check_address, listen, named, open_models, serve
+
+    options = ServeOptions(host, port, _key(api_key_file), allow_hosts, memory, max_queue)
+    check_address(options)
+    files = named(models or [str(model_path(None))])
+    bound = listen(options)
+    set_threads(threads)
+    served = open_models(files, options)
+    for one in served.values():
+        note(one.llm.notice)
+    url = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
+    click.echo(f"serving {', '.join(served)} at {url} ({'with' if options.key else 'no'} API key)", err=True)
+    header = f' -H "Authorization: Bearer ${KEY_VARIABLE}"' if options.key else ""
+    body = f'{{"model": "{next(iter(served))}", "prompt": "Once upon a time"}}'
+    curl = f"curl {url}/v1/completions{header} -H 'Content-Type: application/json' -d '{body}'"
+    click.echo(curl, err=True)
+    serve(served, options, bound)
+
+
+def _key(path: Path | None) -> str | None:
+    """The key of the file or the variable; never from the command line, which other users can read."""
+    if path is not None:
+        key = path.read_text(encoding="utf-8").strip()
+        if not key:
+            raise UsageError(f"{path} is empty; it must hold the API key", "write a key into it")
+        return key
+    return os.environ.get(KEY_VARIABLE) or None

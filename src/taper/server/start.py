@@ -1,0 +1,152 @@
+"""From files to a running server: memory shared out, the address checked, uvicorn."""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+
+import uvicorn
+
+from taper.engine import LLM, load
+from taper.errors import DoesNotFitError, UsageError
+from taper.formats.container import TaperFile
+from taper.server import limits
+from taper.server.app import make_app
+from taper.server.guard import LOOPBACK_HOSTS
+from taper.server.one_loop import OneLoop
+from taper.server.serving import Loop, Served
+
+DEFAULT_PORT = 8642  # 8000, 8080 and 11434 are taken on many machines
+MIN_KEY_CHARS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """What the command line says.
+
+    Attributes:
+        host, port: to listen at; port 0 takes a free one.
+        key: of the API; None asks for none, which is for loopback addresses only.
+        allow_hosts: further names in the Host header.
+        memory_bytes: for weights and KV caches of all models; None sets no limit.
+        max_waiting: requests in a model's queue.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = DEFAULT_PORT
+    key: str | None = None
+    allow_hosts: tuple[str, ...] = ()
+    memory_bytes: int | None = None
+    max_waiting: int = 256
+
+
+def named(sources: Sequence[str]) -> dict[str, Path]:
+    """NAME=FILE or FILE, whose name without its ending is the model's. Raises UsageError for a name twice."""
+    models: dict[str, Path] = {}
+    for source in sources:
+        name, equals, path = source.partition("=")
+        file = Path(path if equals else source)
+        name = name if equals else file.name.removesuffix(".taper")
+        if not re.fullmatch(r"[A-Za-z0-9._:-]{1,64}", name):
+            raise UsageError(
+                f"{name!r} is no model's name", "give one: NAME=FILE, of letters, digits, . _ : -"
+            )
+        if name in models:
+            raise UsageError(f"two models are called {name!r}", "give them names: NAME=FILE")
+        models[name] = file
+    return models
+
+
+def shares(files: Mapping[str, Path], total_bytes: int) -> dict[str, int]:
+    """Memory of each model: what its least width needs, and of the rest its part by size at full width.
+
+    Raises:
+        DoesNotFitError: the least widths do not fit together.
+    """
+    opened = {name: TaperFile.open(path) for name, path in files.items()}
+    least = {name: file.memory_at(file.min_bits) for name, file in opened.items()}
+    full = {name: file.memory_at(file.total_bits) for name, file in opened.items()}
+    rest = total_bytes - sum(least.values())
+    if rest < 0:
+        raise DoesNotFitError(
+            f"the models need {sum(least.values()):,} bytes at least widths; the budget is {total_bytes:,}",
+            "serve fewer models, or give more memory",
+        )
+    return {name: least[name] + rest * full[name] // sum(full.values()) for name in files}
+
+
+def open_models(files: Mapping[str, Path], options: ServeOptions) -> dict[str, Served]:
+    """Load the models. Raises what `taper.load` raises."""
+    if options.memory_bytes is None:
+        loaded = {name: load(path) for name, path in files.items()}
+    else:
+        parts = shares(files, options.memory_bytes)
+        loaded = {name: load(path, memory_budget=parts[name]) for name, path in files.items()}
+    return {name: Served(name, llm, make_loop(llm, options)) for name, llm in loaded.items()}
+
+
+def make_loop(llm: LLM, options: ServeOptions) -> Loop:
+    """The loop of a model."""
+    return OneLoop(llm.engine, options.max_waiting)
+
+
+def check_address(options: ServeOptions) -> None:
+    """Refuse to listen where others can reach without a key. Raises UsageError."""
+    if options.key is not None and len(options.key) < MIN_KEY_CHARS:
+        raise UsageError(
+            f"the API key has {len(options.key)} characters; at least {MIN_KEY_CHARS} are needed",
+            "make one: python -c 'import secrets; print(secrets.token_urlsafe(32))'",
+        )
+    if options.key is None and not is_loopback(options.host):
+        raise UsageError(
+            f"--host {options.host} can be reached by others, and there is no API key",
+            "give --api-key-file FILE, or set TAPER_API_KEY, or listen at 127.0.0.1",
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches the address; a name other than localhost is not trusted."""
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def listen(options: ServeOptions) -> socket.socket:
+    """A socket at the address, before any model is loaded. Raises UsageError where it is taken."""
+    try:
+        family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+        bound = socket.socket(family, socket.SOCK_STREAM)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((options.host, options.port))
+    except OSError as error:
+        raise UsageError(
+            f"cannot listen at {options.host}:{options.port}: {error.strerror or error}",
+            "choose another port: --port N; 0 takes a free one",
+        ) from error
+    return bound
+
+
+def serve(models: Mapping[str, Served], options: ServeOptions, bound: socket.socket) -> None:
+    """Serve until SIGINT or SIGTERM."""
+    hosts = {*LOOPBACK_HOSTS, options.host.lower(), *options.allow_hosts}
+    config = uvicorn.Config(
+        make_app(models, hosts=hosts, key=options.key),
+        http="h11",
+        ws="none",
+        lifespan="on",
+        access_log=False,
+        log_level="warning",
+        server_header=False,
+        proxy_headers=False,
+        h11_max_incomplete_event_size=limits.MAX_HEADER_BYTES,
+        timeout_graceful_shutdown=10,
+        limit_concurrency=4096,
+    )
+    uvicorn.Server(config).run(sockets=[bound])
