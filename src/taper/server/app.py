@@ -93,10 +93,14 @@ class Server:
     def _loops(self) -> dict[str, Loop]:
         return {name: served.loop for name, served in self.models.items()}
 
-    def stop(self) -> None:
-        """Take no more requests, and end the loops."""
+    def drain(self) -> None:
+        """Say at /ready that no more requests are wanted, and end the monitors; what runs goes on."""
         self.is_ready = False
         self.metrics.up.set(0)
+
+    def stop(self) -> None:
+        """End the loops."""
+        self.drain()
         for served in self.models.values():
             served.loop.close()
             served.llm.close()
@@ -226,12 +230,14 @@ def make_app(models: Mapping[str, Served], *, hosts: Iterable[str], key: str | N
     }
     routes = [Route(path, counted(path, handler), methods=["GET"]) for path, handler in gets.items()]
     routes += [Route(path, counted(path, partial(server.post, path)), methods=["POST"]) for path in POSTS]
-    return Starlette(
+    app = Starlette(
         routes=routes,
         lifespan=lifespan,
         middleware=[Middleware(Guard, hosts=hosts, key=key)],
         exception_handlers={HTTPException: _http_error},
     )
+    app.state.server = server
+    return app
 
 
 async def _whole(first: bytes, events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

@@ -10,6 +10,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 import uvicorn
+from starlette.applications import Starlette
 
 from taper.engine import LLM, load
 from taper.errors import DoesNotFitError, UsageError
@@ -122,7 +123,8 @@ def listen(options: ServeOptions) -> socket.socket:
     """A socket at the address, before any model is loaded. Raises UsageError where it is taken."""
     try:
         family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
-        bound = socket.socket(family, socket.SOCK_STREAM)
+        # asyncio sets TCP_NODELAY only where the protocol is named; else a reply waits 40 ms for an ACK.
+        bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((options.host, options.port))
     except OSError as error:
@@ -136,8 +138,30 @@ def listen(options: ServeOptions) -> socket.socket:
 def serve(models: Mapping[str, Served], options: ServeOptions, bound: socket.socket) -> None:
     """Serve until SIGINT or SIGTERM."""
     hosts = {*LOOPBACK_HOSTS, options.host.lower(), *options.allow_hosts}
-    config = uvicorn.Config(
-        make_app(models, hosts=hosts, key=options.key),
+    DrainingServer(make_app(models, hosts=hosts, key=options.key)).run(sockets=[bound])
+
+
+class DrainingServer(uvicorn.Server):
+    """Lets the application know of a signal at once, so that its endless streams end.
+
+    Args:
+        app: of `make_app`.
+        grace_s: for requests that run when the signal comes.
+    """
+
+    def __init__(self, app: Starlette, grace_s: int = 10) -> None:
+        super().__init__(_config(app, grace_s))
+        self._app = app
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Drain, then as uvicorn does."""
+        self._app.state.server.drain()
+        await super().shutdown(sockets)
+
+
+def _config(app: Starlette, grace_s: int) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
         http="h11",
         ws="none",
         lifespan="on",
@@ -146,7 +170,6 @@ def serve(models: Mapping[str, Served], options: ServeOptions, bound: socket.soc
         server_header=False,
         proxy_headers=False,
         h11_max_incomplete_event_size=limits.MAX_HEADER_BYTES,
-        timeout_graceful_shutdown=10,
+        timeout_graceful_shutdown=grace_s,
         limit_concurrency=4096,
     )
-    uvicorn.Server(config).run(sockets=[bound])
