@@ -90,25 +90,30 @@ class OneLoop:
 
     def submit(self, request: Request, terms: Terms, on_event: Callable[[Event], None]) -> int:
         """See `Loop`. Raises ApiError 400 for a request that can never run, 429 for a full queue."""
+        with self._changed:
+            self._check_room()  # first: under overload a refusal must cost little
         try:
             self._engine.check(request)
         except TaperError as error:
             raise from_taper(error) from error
         with self._changed:
-            if self._closed:
-                raise _stopping()
-            if len(self._waiting) >= self._max_waiting:
-                raise ApiError(
-                    429,
-                    f"{self._max_waiting} requests are waiting; that is the most",
-                    kind="overloaded_error",
-                    code="queue_full",
-                    retry_after_s=1,
-                )
+            self._check_room()
             job = _Job(next(self._ids), request, terms, on_event, time.monotonic())
             self._waiting[job.id] = job
             self._changed.notify()
             return job.id
+
+    def _check_room(self) -> None:
+        if self._closed:
+            raise _stopping()
+        if len(self._waiting) >= self._max_waiting:
+            raise ApiError(
+                429,
+                f"{self._max_waiting} requests are waiting; that is the most",
+                kind="overloaded_error",
+                code="queue_full",
+                retry_after_s=1,
+            )
 
     def cancel(self, sequence_id: int) -> None:
         """See `Loop`."""
