@@ -93,7 +93,7 @@ def test_a_chat_is_the_models_own_answer(server):
     assert reply["taper"]["bits"] == pytest.approx(sum(llm.generate(request).bits) / 6)
     assert reply["taper"]["deadline_met"] is None
     assert reply["taper"]["queue_ms"] >= 0
-    assert choice["taper"]["bits"] == list(llm.generate(request).bits)
+    assert choice["taper"]["token_bits"] == list(llm.generate(request).bits)
     assert choice["finish_reason"] == "length"
 
 
@@ -214,7 +214,8 @@ def test_a_stream_says_what_the_whole_reply_says(server, n):
         assert mine[0]["delta"]["role"] == "assistant"
         logprobs = [entry for c in mine if c["logprobs"] for entry in c["logprobs"]["content"]]
         assert logprobs == choice["logprobs"]["content"]
-    assert [c["taper"]["bits"] for c in chunks[:-1] if isinstance(c["taper"].get("bits"), (int, float))]
+    firsts = [c["taper"]["bits"] for c in chunks[:-1] if c["choices"][0]["index"] == 0]
+    assert firsts[:-1] == whole["choices"][0]["taper"]["token_bits"]
 
 
 def test_a_text_stream(server):
@@ -222,7 +223,8 @@ def test_a_text_stream(server):
     chunks = events(text(server, echo=True, stream=True))
     assert "".join(c["choices"][0]["text"] for c in chunks) == whole["choices"][0]["text"]
     assert chunks[-1]["choices"][0]["finish_reason"] == "length"
-    assert chunks[-1]["taper"]["bits"] == whole["choices"][0]["taper"]["bits"]
+    assert chunks[-1]["taper"]["token_bits"] == whole["choices"][0]["taper"]["token_bits"]
+    assert chunks[-1]["taper"]["bits"] == whole["taper"]["bits"]
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ async function ask(text) {
 }
 
 function note(reason, own) {
-  const bits = own.bits || [];
+  const bits = own.token_bits || [];
   const mean = bits.reduce((sum, one) => sum + one, 0) / (bits.length || 1);
   const met = own.deadline_met === null || own.deadline_met === undefined ? "" :
     own.deadline_met ? ", deadline met" : ", deadline missed";

@@ -50,7 +50,7 @@ def taper_object(ends: Sequence[Ended]) -> dict[str, Any]:
 def choice_object(end: Ended) -> dict[str, Any]:
     """Of one choice: bits of each token, the seed of its draws, the audit where one was asked for."""
     audit = {} if end.audit is None else {"audit": end.audit.as_record()}
-    return {"bits": list(end.bits), "seed": end.seed, **audit}
+    return {"token_bits": list(end.bits), "seed": end.seed, **audit}
 
 
 def chat_logprobs(served: Served, steps: Sequence[StepOutput]) -> dict[str, Any]:
