@@ -481,6 +481,14 @@ def test_schemas_have_limits(server):
         refused(chat(server, response_format=form), "response_format.json_schema.schema")
 
 
+def test_a_schema_that_grows_too_complex_is_the_clients_fault(server):
+    """It compiles; llguidance's limit on a row of the parser is reached by the first token."""
+    kinds = [{"type": "integer"}, {"type": "string", "maxLength": 9}]
+    schema = {"type": "object", "properties": {f"p{i}": {"anyOf": kinds} for i in range(700)}}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    assert "too complex" in refused(chat(server, response_format=form), None)["message"]
+
+
 @pytest.mark.parametrize(
     ("changes", "param"),
     [

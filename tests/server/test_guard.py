@@ -132,6 +132,11 @@ def test_a_port_that_is_taken(taper_error):
         assert "cannot listen" in taper_error("serve", "--port", bound.getsockname()[1])
 
 
+def test_without_the_extra_the_command_says_what_to_install(taper_error, monkeypatch):
+    monkeypatch.setattr("taper.cli.serve.find_spec", lambda name: None)
+    assert "pip install 'taper[server]'" in taper_error("serve")
+
+
 def test_names_of_models():
     assert named(["a/b.taper", "x=c.taper", "folder"]) == {
         "b": Path("a/b.taper"),

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from taper.engine.constraint import Constraint
-from taper.errors import TaperError
+from taper.errors import UsageError
 from taper.server import limits
 from taper.server.body import check_depth
 from taper.server.errors import ApiError, invalid
@@ -49,7 +49,9 @@ class _Matcher:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise TaperError(f"the output's schema became too complex: {self._matcher.get_error()}")
+            raise UsageError(
+                f"the output's schema became too complex: {_first_line(self._matcher.get_error())}"
+            )
 
 
 class Grammars:
