@@ -1,6 +1,6 @@
 """Clients that leave: nobody else notices, no KV block stays behind, no memory is lost.
 
-    python benchmarks/serving/disconnects.py [--requests 20000] [--leave 0.3] [--concurrency 16]
+    python benchmarks/serving/disconnects.py [--requests 20000] [--leave 0.34] [--concurrency 16]
 
 Every client asks for a greedy answer of one of a few prompts, half of them as a stream; those that leave do
 so at a random moment, also while they wait in the queue. Those that stay must get the bytes of an undisturbed
@@ -109,7 +109,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--requests", type=int, default=20_000)
-    parser.add_argument("--leave", type=float, default=0.3)
+    parser.add_argument("--leave", type=float, default=0.34, help="who try; some are answered first")
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
