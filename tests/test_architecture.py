@@ -25,13 +25,9 @@ HEIGHT = {
     "evaluate": 5,
     "planner": 6,
     "tune": 6,
+    "server": 7,
     "cli": 8,
     "testing": 8,
-    "planner": 5,
-    "tune": 6,
-    "server": 6,
-    "cli": 7,
-    "testing": 7,
 }
 SIDEWAYS = {("models", "kvcache"), ("models", "precision")}
 NEVER = {"torch", "transformers", "matplotlib"}

@@ -1,12 +1,10 @@
 """What a scheduler of the batch engine sees and says: plain values, no clock, no arrays."""
-"""What a client asks for beside the text."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from math import inf
 from typing import Literal, Protocol
-from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +18,6 @@ class Terms:
         max_bits: more is not wanted.
         on_miss: what becomes of a request that cannot make its deadline.
     """
-    """Deadline, priority and bounds on the bits."""
 
     deadline_s: float = inf
     priority: int = 0
