@@ -4,8 +4,8 @@
     python benchmarks/anda/kv_time.py 1.1b.taper --json OUT.json
 
 For each context a cache of each format is filled with random entries; then steps of one token alternate
-between the formats, each round in another order, and the native decoder says what its attention took. Medians, and
-the median of the ratios to float16 of the same round with the least and the largest.
+between the formats, each round in another order, and the native decoder says what its attention took. Medians,
+and the median of the ratios to float16 of the same round with the least and the largest.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def main() -> None:
     found = report(options.model, options.bits, options.contexts, options.rounds)
     print(f"{found['model']} at {found['weight_bits']} bits, {found['isa']}, {found['threads']} threads")
     print(
-        f"{'context':>8} {'KV':10} {'attention':>10} {'of float16 (least, most)':>26} {'share':>7} {'MB held':>8}"
+        f"{'context':>8} {'KV':10} {'attention':>10} {'of float16 (range)':>26} {'share':>7} {'MB held':>8}"
     )
     for row in found["rows"]:
         low, high = row["ratio_range"]

@@ -18,7 +18,7 @@ import numpy as np
 from taper.errors import CorruptFileError, UsageError
 from taper.formats.container import TaperFile
 from taper.kernels import num_threads
-from taper.kvcache import KEY_BLOCK, KvCache
+from taper.kvcache import KEY_BLOCK, AnyCache
 from taper.models import Decoder
 from taper.planner.step_time import FittedStepTime, Measurement, fit, relative_errors
 
@@ -182,7 +182,7 @@ _Kind = tuple[int, int, int]
 
 def _kinds(decoder: Decoder, kinds: Sequence[_Kind]) -> list[_Kind]:
     """Those that fit the model's context and the memory that measuring may take."""
-    token_bytes = decoder.new_cache(1).token_bytes
+    token_bytes = decoder.new_cache(1).bytes_at(1)
     return [
         (b, p, depth)
         for b, p, depth in kinds
@@ -231,7 +231,7 @@ class _Bench:
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
         self._generator = np.random.default_rng(0)
-        self._caches: list[KvCache] = []
+        self._caches: list[AnyCache] = []
         self._filled: list[int] = []
 
     def seconds(self, kind: _Kind, width: float) -> float:
@@ -245,7 +245,7 @@ class _Bench:
         self._decoder.forward_batch(tokens, sequences, width)
         return time.perf_counter() - begin
 
-    def _cache(self, index: int, depth: int) -> KvCache:
+    def _cache(self, index: int, depth: int) -> AnyCache:
         """The cache of a number, with `depth` entries; its memory is resident as far as it was filled."""
         if index == len(self._caches):
             self._caches.append(self._decoder.new_cache(min(_MAX_ENTRIES, self._decoder.context_length)))
