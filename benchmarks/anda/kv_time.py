@@ -4,8 +4,8 @@
     python benchmarks/anda/kv_time.py 1.1b.taper --json OUT.json
 
 For each context a cache of each format is filled with random entries; then steps of one token alternate
-between the formats, each round in another order, and the native decoder says what its attention took. Medians,
-and the median of the ratios to float16 of the same round with the least and the largest.
+between the formats, each round in another order, and the native decoder says what its attention took.
+Medians, and the median of the ratios to float16 of the same round with the least and the largest.
 """
 
 from __future__ import annotations
@@ -20,33 +20,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from taper import kernels
 from taper.formats.container import TaperFile
-from taper.kvcache import FLOAT16, AnyCache
+from taper.kvcache import FLOAT16, AnyCache, fill_with_random_entries
 from taper.models import Decoder
 
 FORMATS = (FLOAT16, "7", "5", "4", "7,4@128")
 CONTEXTS = (512, 1024, 2048, 4096, 8192)
 ROUNDS = 15
-FILLED_ROWS = 256
 STAGES = ("attention", "merge")
 
 
 def filled(decoder: Decoder, context: int, room: int) -> AnyCache:
     """A cache with random entries and room behind them."""
-    cache, config = decoder.new_cache(context + room), decoder.config
-    generator = np.random.default_rng(context)
-    half = config.head_dim // 2
-    cos, sin = np.ones((context, half), np.float32), np.zeros((context, half), np.float32)
-    for begin in range(0, context, FILLED_ROWS):
-        rows = min(FILLED_ROWS, context - begin)
-        cache.require(rows)
-        for layer in cache.layers:
-            layer.store(generator.standard_normal((rows, config.qkv_features), np.float32), config.num_heads,
-                        begin, cos, sin)  # fmt: skip
-        cache.advance(rows)
+    cache = decoder.new_cache(context + room)
+    fill_with_random_entries(cache, decoder.config, context)
     return cache
 
 
@@ -131,8 +119,8 @@ def main() -> None:
         low, high = row["ratio_range"]
         ratio = f"{row['ratio']:.3f} ({low:.3f} to {high:.3f})"
         print(
-            f"{row['context']:8} {row['kv']:10} {row['attention_ms']:7.2f} ms {ratio:>26} {row['share']:7.1%} "
-            f"{row['bytes_held'] / 1e6:8.1f}"
+            f"{row['context']:8} {row['kv']:10} {row['attention_ms']:7.2f} ms {ratio:>26} "
+            f"{row['share']:7.1%} {row['bytes_held'] / 1e6:8.1f}"
         )
     line = json.dumps(found)
     if options.json is not None:

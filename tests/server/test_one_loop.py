@@ -126,3 +126,26 @@ def test_closing_refuses_what_waits_and_runs(llm):
     assert (running.wait().error.status, waiting.wait().error.status) == (503, 503)
     with pytest.raises(ApiError):
         Client(loop, llm)
+
+
+def test_a_higher_priority_goes_first_and_equals_as_they_came(llm):
+    loop, order = OneLoop(llm.engine, max_waiting=8), []
+    try:
+        first = Client(loop, llm, step_s=0.05)
+        assert first.began.wait(10)
+        waiting = []
+        for name, priority in (("a", 0), ("b", 5), ("c", 0), ("d", 5)):
+            request = llm.request([5, 6], policy="fixed:6", max_tokens=2, ignore_eos=True)
+            done = threading.Event()
+
+            def take(event, name=name, done=done):
+                if isinstance(event, Ended):
+                    order.append(name)
+                    done.set()
+
+            loop.submit(request, Terms(priority=priority), take)
+            waiting.append(done)
+        assert all(done.wait(10) for done in waiting)
+    finally:
+        loop.close()
+    assert order == ["b", "d", "a", "c"]

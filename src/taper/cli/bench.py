@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from taper.precision import Bits, PrecisionPolicy
 
 # Arbitrary; the speed does not depend on the tokens, but the same ones make runs comparable.
-# Random entries of a cache that are made at a time.
-_FILLED_ROWS = 256
 _SEED = 0
 # One verification takes about as long as one token: so many make a repetition that a clock can tell.
 _VERIFY_PASSES = 16
@@ -302,19 +300,10 @@ class _Reader:
         """A cache with room behind `depth` random entries, over which attention takes as long as over real
         ones.
         """
-        import numpy as np
+        from taper.kvcache import fill_with_random_entries
 
-        cache, config = self.decoder.new_cache(self.depth + room), self.decoder.config
-        generator = np.random.default_rng(_SEED)
-        cache.require(self.depth)
-        half = config.head_dim // 2
-        cos, sin = np.ones((self.depth, half), np.float32), np.zeros((self.depth, half), np.float32)
-        for layer in cache.layers:
-            for begin in range(0, self.depth, _FILLED_ROWS):
-                shape = (min(_FILLED_ROWS, self.depth - begin), config.qkv_features)
-                rows = generator.standard_normal(shape, np.float32)
-                layer.store(rows, config.num_heads, begin, cos, sin)
-        cache.advance(self.depth)
+        cache = self.decoder.new_cache(self.depth + room)
+        fill_with_random_entries(cache, self.decoder.config, self.depth, _SEED)
         return cache
 
     def _tokens(self, num_tokens: int) -> Any:

@@ -223,7 +223,7 @@ class Decoder:
         return out
 
     def forward_batch(
-        self, tokens: I32 | Sequence[int], sequences: Sequence[tuple[int, KvCache]], bits: Bits
+        self, tokens: I32 | Sequence[int], sequences: Sequence[tuple[int, AnyCache]], bits: Bits
     ) -> F32:
         """Run the next tokens of several sequences, of one or of many each, in one pass over the weights.
 

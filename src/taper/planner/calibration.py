@@ -18,7 +18,7 @@ import numpy as np
 from taper.errors import CorruptFileError, UsageError
 from taper.formats.container import TaperFile
 from taper.kernels import num_threads
-from taper.kvcache import KEY_BLOCK, AnyCache
+from taper.kvcache import AnyCache, fill_with_random_entries
 from taper.models import Decoder
 from taper.planner.step_time import FittedStepTime, Measurement, fit, relative_errors
 
@@ -252,9 +252,8 @@ class _Bench:
             self._filled.append(0)
         cache = self._caches[index]
         if depth > self._filled[index]:
-            rows = -(-depth // KEY_BLOCK) * KEY_BLOCK
-            for array in cache.array.reshape(-1, *cache.array.shape[3:]):
-                array[:rows] = self._generator.standard_normal((rows, array.shape[1]), np.float32)
+            cache.truncate(0)
+            fill_with_random_entries(cache, self._decoder.config, depth)
             self._filled[index] = depth
         cache.truncate(0)
         cache.advance(depth)

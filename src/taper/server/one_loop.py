@@ -1,4 +1,4 @@
-"""A loop of one request at a time, first come first served, over the plain engine.
+"""A loop of one request at a time over the plain engine: the highest priority first, then first come.
 
 Every policy, the audit and exact mode work here; requests wait for each other. Deadlines hold all the same: a
 request that cannot make its own is refused when its turn comes, and none starts after it.
@@ -158,7 +158,8 @@ class OneLoop:
                     self._changed.wait()
                 if self._closed:
                     return
-                self._running = self._waiting.popitem(last=False)[1]
+                first = min(self._waiting.values(), key=lambda job: (-job.terms.priority, job.id))
+                self._running = self._waiting.pop(first.id)
             job = self._running
             try:
                 job.on_event(self._end_of(job))
