@@ -50,12 +50,12 @@ PASS_TOKENS = 256
 def read(decoder: Decoder, block: NDArray[np.int32], bits: int) -> tuple[float, int]:
     """Mean negative log-likelihood of a block, and the bytes of its cache at the end."""
     cache, total = decoder.new_cache(len(block)), 0.0
-    for begin in range(0, len(block) - 1, PASS_TOKENS):
-        tokens = block[begin : min(begin + PASS_TOKENS, len(block) - 1)]
-        logits = decoder.forward(tokens, cache, bits, logits="all")
+    for begin in range(0, len(block), PASS_TOKENS):
+        logits = decoder.forward(block[begin : begin + PASS_TOKENS], cache, bits, logits="all")
         assert logits is not None
-        targets = block[begin + 1 : begin + 1 + len(tokens)]
-        total -= float(np.sum(log_likelihoods(logits, log_normalisers(logits), targets), dtype=np.float64))
+        targets = block[begin + 1 : begin + 1 + PASS_TOKENS]
+        scored = logits[: len(targets)]
+        total -= float(np.sum(log_likelihoods(scored, log_normalisers(scored), targets), dtype=np.float64))
     return total / (len(block) - 1), cache.bytes_used
 
 
