@@ -41,7 +41,7 @@ class _Waiting:
 
 
 class Planner:
-    """Serves the most requests whose deadlines can be promised: DFTSP over time, memory and bits.
+    """Takes every request whose deadline can be promised, in the order of worth, over time, memory and bits.
 
     - Running sequences are mandatory. A waiting request is taken when a certificate says that it and all of
       them finish in time (`Members`), with step times corrected to the 90th percentile of what was measured.
