@@ -14,6 +14,7 @@ void bind_solver(nanobind::module_& m);
 void bind_row_tables(nanobind::module_& m);
 void bind_outliers(nanobind::module_& m);
 void bind_planes_cache(nanobind::module_& m);
+void bind_anda(nanobind::module_& m);
 void bind_decoder(nanobind::module_& m);
 
 }  // namespace taper

@@ -11,5 +11,6 @@ NB_MODULE(_native, m) {
   taper::bind_row_tables(m);
   taper::bind_outliers(m);
   taper::bind_planes_cache(m);
+  taper::bind_anda(m);
   taper::bind_decoder(m);
 }

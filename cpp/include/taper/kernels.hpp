@@ -185,6 +185,15 @@ struct Kernels {
   void (*planes_store)(float* qkv, int64_t heads, const PlanesFormat& format, const PlanesBlock& block, int64_t entry,
                        const float* cos, const float* sin);
   void (*planes_attention)(const PlanesAttentionArgs&, const AttentionState& out);
+
+  // The Anda format (docs/anda.md), 64 values at a time: the sign word, then magnitude_bits words (1..16), most
+  // significant first; value i at bit i. factors (64): what |x| is multiplied with before it is rounded; units (64):
+  // what one is worth. Values from `count` on are zero, and not written back.
+  void (*anda_pack)(const float* x, int64_t count, const float* factors, int magnitude_bits, bool truncate,
+                    uint64_t* words);
+  void (*anda_unpack)(const uint64_t* words, int magnitude_bits, const float* units, int64_t count, float* x);
+  // The largest magnitude by bits: finite < infinity < NaN.
+  uint32_t (*largest_bits)(const float* x, int64_t n);
 };
 
 // Tables by instruction set; null where this build does not contain it.

@@ -72,6 +72,7 @@ struct Vec16 {
     return _mm256_movemask_ps(
                _mm256_or_ps(_mm256_cmp_ps(x.lo, none, _CMP_NEQ_UQ), _mm256_cmp_ps(x.hi, none, _CMP_NEQ_UQ))) == 0;
   }
+  static F floor(F a) { return {_mm256_floor_ps(a.lo), _mm256_floor_ps(a.hi)}; }
   static F zero_where_less(F x, F limit, F y) {  // x < limit ? 0 : y
     return {_mm256_and_ps(_mm256_cmp_ps(x.lo, limit.lo, _CMP_NLT_UQ), y.lo),
             _mm256_and_ps(_mm256_cmp_ps(x.hi, limit.hi, _CMP_NLT_UQ), y.hi)};

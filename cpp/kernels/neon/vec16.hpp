@@ -83,6 +83,7 @@ struct Vec16 {
         vandq_u32(vandq_u32(vceqzq_f32(x.a), vceqzq_f32(x.b)), vandq_u32(vceqzq_f32(x.c), vceqzq_f32(x.d)));
     return vminvq_u32(zeros) != 0;
   }
+  static F floor(F x) { return {vrndmq_f32(x.a), vrndmq_f32(x.b), vrndmq_f32(x.c), vrndmq_f32(x.d)}; }
   static F zero_where_less(F x, F limit, F y) {  // x < limit ? 0 : y
     return {zero_where(vcltq_f32(x.a, limit.a), y.a), zero_where(vcltq_f32(x.b, limit.b), y.b),
             zero_where(vcltq_f32(x.c, limit.c), y.c), zero_where(vcltq_f32(x.d, limit.d), y.d)};

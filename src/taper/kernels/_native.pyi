@@ -180,3 +180,20 @@ def planes_rope_store(
 def planes_attention(
     qkv: Float32, heads: int, blocks: PlanesBlocks, layer: int, position: int, scale: float
 ) -> Float32: ...
+def anda_pack(
+    x: Float32,
+    group_size: int,
+    magnitude_bits: int,
+    truncate: bool,
+    words: NDArray[np.int64],
+    exponents: NDArray[np.uint8],
+) -> None: ...
+def anda_unpack(
+    words: NDArray[np.int64],
+    exponents: NDArray[np.uint8],
+    num_rows: int,
+    num_values: int,
+    group_size: int,
+    magnitude_bits: int,
+    bits: int,
+) -> Float32: ...
