@@ -315,6 +315,9 @@ void planes_attention(const PlanesAttentionArgs& args, const AttentionState& out
   const int64_t dim = args.format.head_dim, group = planes_group(dim), n = args.num_entries;
   const int64_t blocks = (n + kBlockEntries - 1) / kBlockEntries;
   const auto for_queries = [&](const auto& f) {
+    // Nobody has asked for the first block of a thread's first chunk; quantising the queries takes as long as memory.
+    Ahead first(args.keys, 1, args.format.key_upper, dim, 1);
+    first.ask();
     for (int64_t h = 0; h < args.heads; ++h) {
       for (int64_t g = 0; g < dim / group; ++g)
         f(h * dim + g * group, h * kMaxPlanesDim + g * group, h * kMaxGroups + g);
