@@ -2,8 +2,8 @@
 
     python benchmarks/kernels/anda.py --threads 1
 
-The array is larger than the caches. `pack` counts the floats read, `unpack` the floats written, `copy` the floats copied:
-it reads and writes as much, so it is the bound of a pass over memory. Medians; a table, then one line of JSON.
+The array is larger than the caches. `pack` counts the floats read, `unpack` the floats written, `copy` the
+floats copied, which reads and writes as much. Medians; a table, then one line of JSON.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ void compare(const std::string& what, const Operation& operation) {
 
 // Every operation of every instruction set of this machine over many shapes.
 void check_kernels();
-// Those of a KV cache of planes.
+// Those of a KV cache of planes, and of rows in the Anda format.
 void check_kv_planes();
 
 }  // namespace taper::checks

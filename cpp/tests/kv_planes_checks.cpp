@@ -1,6 +1,7 @@
 // A KV cache of planes: what is stored, and attention over it.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "checks.hpp"
 
@@ -110,9 +111,34 @@ void check_attention(const PlanesFormat& format, int64_t heads, int64_t entries,
           });
 }
 
+// Rows into the Anda format and back; every count of values in a word, and what saturates, ties and is zero.
+void check_anda(int magnitude_bits, int64_t count) {
+  const std::vector<float> x = sprinkle(floats(64), {0.0f, -0.0f, 0.5f, 1.5f, 1e-30f, 200.0f}, count);
+  std::vector<float> factors(64), units(64);
+  for (size_t i = 0; i < 64; ++i) {
+    factors[i] = std::ldexp(1.0f, magnitude_bits - 2 - static_cast<int>(i / 16));
+    units[i] = 1.0f / factors[i];
+  }
+  for (const bool truncate : {false, true}) {
+    compare(describe("anda_pack", {{"bits", magnitude_bits}, {"count", count}, {"truncate", truncate}}),
+            [&](const Kernels& k) {
+              std::vector<uint64_t> packed(static_cast<size_t>(magnitude_bits) + 1);
+              k.anda_pack(x.data(), count, factors.data(), magnitude_bits, truncate, packed.data());
+              std::vector<float> back(static_cast<size_t>(count));
+              k.anda_unpack(packed.data(), magnitude_bits, units.data(), count, back.data());
+              std::vector<uint32_t> halves(2 * packed.size());
+              std::memcpy(halves.data(), packed.data(), packed.size() * sizeof(uint64_t));
+              return words(back, halves, std::vector<uint32_t>{k.largest_bits(x.data(), count)});
+            });
+  }
+}
+
 }  // namespace
 
 void check_kv_planes() {
+  for (int bits = 1; bits <= 16; ++bits) {
+    for (const int64_t count : {1, 15, 16, 17, 33, 48, 63, 64}) check_anda(bits, count);
+  }
   for (const int64_t dim : {16, 32, 48, 64, 80, 96, 128, 256}) {
     for (int bits = 1; bits <= kMaxPlanesBits; ++bits) {
       const int upper = 1 + bits / 2, value_bits = kMaxPlanesBits + 1 - bits;

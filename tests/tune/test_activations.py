@@ -80,16 +80,30 @@ def nll(model, choice, windows):
 
 
 def test_the_dearest_is_tested_first_and_a_failure_ends_the_test(model, texts, monkeypatch):
-    """The second best of the path fails on held-out text: the first stays, the third is not looked at."""
-    bounds = iter([0.001, 0.5, 0.001])
+    """Three dearer ones and the first best hold on held-out text, the second best does not: nothing after it
+    is looked at."""
+    bounds = iter([0.001, 0.002, 0.001, 0.003, 0.5, 0.001])
     monkeypatch.setattr(activations, "upper_bound", lambda differences: np.log1p(next(bounds)))
     losses = iter([0.0] * 50)
     monkeypatch.setattr(activations._Losses, "loss", lambda self, choice: next(losses))
     report = tune_activations(model, options(texts, max_loss=0.01, max_evaluations=4))
     bests = [tried.bits for tried in report.result.evaluations if tried.is_best]
     assert len(bests) > 2
-    assert [tested.bits for tested in report.tested] == bests[:2]
+    safer = [(7,) * 4, (6,) * 4, (5,) * 4]
+    assert [tested.bits for tested in report.tested] == [*safer, *bests[:2]]
     assert report.winner.bits == bests[0] == (4, 4, 4, 4)
+
+
+def test_a_dearer_one_is_chosen_where_the_path_does_not_hold_on_other_text(model, texts, monkeypatch):
+    bounds = iter([0.001, 0.002, 0.5])
+    monkeypatch.setattr(activations, "upper_bound", lambda differences: np.log1p(next(bounds)))
+    monkeypatch.setattr(activations._Losses, "loss", lambda self, choice: 0.0)
+    report = tune_activations(model, options(texts, max_loss=0.01, max_evaluations=2))
+    assert report.winner.bits == (6, 6, 6, 6)
+
+
+def test_times_rise_with_the_bits_whatever_the_noise():
+    assert activations._rising([3.0, 1.0, 2.0, 9.0, 4.0]) == [3.0, 3.0, 3.0, 4.0, 4.0]
 
 
 def test_nothing_is_chosen_where_nothing_holds(model, texts):
@@ -99,8 +113,17 @@ def test_nothing_is_chosen_where_nothing_holds(model, texts):
     assert report.result.best is None
 
 
+def steady(monkeypatch):
+    """Every step takes a millisecond, those with wide activations two."""
+    monkeypatch.setattr(
+        activations._StepCosts,
+        "_times",
+        lambda self, choices, bits: {c: 0.002 if c[0] > 7 else 0.001 for c in choices},
+    )
+
+
 def test_the_joint_search_chooses_bands_keys_and_values(model, texts, monkeypatch):
-    monkeypatch.setattr(activations, "_median_seconds", lambda step: 0.001)
+    steady(monkeypatch)
     limit = 0.02
 
     # Wide activations in the first layer's o, and keys of at least 5 bits, are what holds the loss.
@@ -119,7 +142,7 @@ def test_the_joint_search_chooses_bands_keys_and_values(model, texts, monkeypatc
 
 
 def test_bands_become_bits_by_layer(model, texts, monkeypatch):
-    monkeypatch.setattr(activations, "_median_seconds", lambda step: 0.001)
+    steady(monkeypatch)
     file = TaperFile.open(model)
     space = activations.JointSpace(file, 4, options(texts))
     chosen = space.chosen((7, 7, 14, 7, 7, 7, 7, 14, 6, 4))

@@ -1,4 +1,4 @@
-"""Rows into the Anda format and back by the native library: the bytes of `taper.kernels.anda`, at memory speed."""
+"""Rows into the Anda format and back by the native library: the bytes that `taper.kernels.anda` gives."""
 
 from __future__ import annotations
 

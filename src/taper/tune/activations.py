@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from taper.evaluate.protocols import cut
 from taper.formats.activations import TENSOR_TYPES, ActivationBits
 from taper.formats.container import TaperFile
 from taper.formats.text import read_text
-from taper.kvcache import MAX_KV_BITS, KvPlanes
+from taper.kvcache import MAX_KV_BITS, KvPlanes, fill_with_random_entries
 from taper.layers.rope import context_length
 from taper.models import Decoder
 from taper.tokenizer import Tokenizer
@@ -44,7 +45,9 @@ REFERENCE_BITS = 14
 NARROW_BITS = 7
 # The joint search counts a decode step with this much behind it, where KV bytes and attention matter.
 _COST_CONTEXT = 2048
-_COST_REPEATS = 5
+# Dearer combinations than the path's that are tested, where its first best may not hold on other text.
+_NUM_SAFER = 3
+_COST_ROUNDS = 25
 # Layers that share bits in the joint search: the first ones and the rest.
 _NUM_BANDS = 2
 
@@ -88,8 +91,8 @@ class ActivationReport:
     Attributes:
         names: of the variables, in the order of combinations.
         result: the path.
-        tested: the bests of the path on held-out text, from the dearest on, until one is not surely within
-            the limit.
+        tested: some dearer combinations, then the bests of the path, on held-out text, the dearest first,
+            until one is not surely within the limit.
         winner: the cheapest that is; None where not even the dearest is.
         chosen: the winner for the file's header.
         saving: of BOPs (`paper`) or of cost (`joint`) against the reference.
@@ -143,8 +146,9 @@ def tune_activations(
 ) -> ActivationReport:
     """Search, then test on held-out text what the search held for good.
 
-    The bests of the path are tested from the dearest on at 95 %, and the first that fails ends the test: a
-    fixed sequence, so that the whole of it errs in at most 5 % of cases.
+    Combinations with up to three bits more than the first best, then the bests of the path are tested from
+    the dearest on at 95 %, and the first that fails ends the test: a fixed sequence, so that the whole of it
+    errs in at most 5 % of cases.
 
     Args:
         model: a `.taper` file.
@@ -249,6 +253,10 @@ class PaperSpace:
         """The combination for a file's header."""
         return ActivationBits(dict(zip(TENSOR_TYPES, bits, strict=True)), self._kv, evidence or {})
 
+    def dearer(self, bits: Combination) -> list[Combination]:
+        """Safer combinations than the path's first best, dearest first."""
+        return [tuple(min(b + more, REFERENCE_BITS) for b in bits) for more in range(_NUM_SAFER, 0, -1)]
+
     def saving(self, bits: Combination) -> float:
         """How many times fewer bit operations than float16 activations."""
         return bops_saving(self._macs, bits)
@@ -296,6 +304,14 @@ class JointSpace:
             found[name] = by_layer[0] if len(set(by_layer)) == 1 else by_layer
         return ActivationBits(found, str(KvPlanes(*bits[-2:])), evidence or {})
 
+    def dearer(self, bits: Combination) -> list[Combination]:
+        """Safer combinations than the path's first best, dearest first: more bits for keys and values."""
+        raised = [
+            (*bits[:-2], *(min(b + more, MAX_KV_BITS) for b in bits[-2:]))
+            for more in range(_NUM_SAFER, 0, -1)
+        ]
+        return [found for found in dict.fromkeys(raised) if found != bits]
+
     def saving(self, bits: Combination) -> float:
         """Cost of the reference over the combination's."""
         kinds = len(self.names) - 2
@@ -322,57 +338,59 @@ class JointSpace:
 
 
 class _StepCosts:
-    """Measured: decode steps with narrow and with wide activations, with keys and values of each width."""
+    """Measured: decode steps with narrow and with wide activations, with keys and values of each width.
+
+    Keys and values are timed apart, all choices in turn, and their times made to rise with the bits: the
+    differences are a few percent of a step, and a search must not follow the machine's noise.
+    """
 
     def __init__(self, file: TaperFile, bits: int) -> None:
-        self._file, self._bits = file, bits
-        self._context = min(_COST_CONTEXT, Decoder.from_taper(file).context_length - 1 - _COST_REPEATS)
-        self._seconds: dict[tuple[int, int, int], float] = {}
-        reference = (REFERENCE_BITS, MAX_KV_BITS, MAX_KV_BITS)
-        self._reference_seconds = self._time(*reference)
-        self._reference_bytes = self._kv_bytes(*reference[1:])
+        self._file = file
+        self._context = min(_COST_CONTEXT, context_length(file.config) - 1)
+        wide, narrow = (REFERENCE_BITS, MAX_KV_BITS, MAX_KV_BITS), (NARROW_BITS, MAX_KV_BITS, MAX_KV_BITS)
+        keys = [(NARROW_BITS, b, MAX_KV_BITS) for b in range(1, MAX_KV_BITS)]
+        values = [(NARROW_BITS, MAX_KV_BITS, b) for b in range(1, MAX_KV_BITS)]
+        seconds = self._times([wide, narrow, *keys, *values], bits)
+        self._narrow, self._wide = seconds[narrow], max(seconds[narrow], seconds[wide])
+        self._keys = _rising([seconds[choice] for choice in (*keys, narrow)])
+        self._values = _rising([seconds[choice] for choice in (*values, narrow)])
+        self._reference_bytes = self._kv_bytes(MAX_KV_BITS, MAX_KV_BITS)
 
     def cost(self, wide: float, key_bits: int, value_bits: int) -> float:
         """Of a share of wide activations: time and KV bytes, each over the reference's."""
-        narrow = self._time(NARROW_BITS, key_bits, value_bits)
-        slower = self._time(REFERENCE_BITS, MAX_KV_BITS, MAX_KV_BITS) - self._time(
-            NARROW_BITS, MAX_KV_BITS, MAX_KV_BITS
-        )
-        seconds = narrow + wide * max(0.0, slower)
-        return (
-            seconds / self._reference_seconds + self._kv_bytes(key_bits, value_bits) / self._reference_bytes
-        )
+        saved = self._keys[-1] - self._keys[key_bits - 1] + self._values[-1] - self._values[value_bits - 1]
+        seconds = self._narrow - saved + wide * (self._wide - self._narrow)
+        return seconds / self._wide + self._kv_bytes(key_bits, value_bits) / self._reference_bytes
 
-    def _time(self, magnitude_bits: int, key_bits: int, value_bits: int) -> float:
-        key = (magnitude_bits, key_bits, value_bits)
-        if key not in self._seconds:
-            choice = ActivationBits(
-                dict.fromkeys(TENSOR_TYPES, magnitude_bits), str(KvPlanes(key_bits, value_bits))
-            )
+    def _times(self, choices: list[tuple[int, int, int]], bits: int) -> dict[tuple[int, int, int], float]:
+        runs = []
+        for magnitude_bits, key_bits, value_bits in choices:
+            kv = str(KvPlanes(key_bits, value_bits))
+            choice = ActivationBits(dict.fromkeys(TENSOR_TYPES, magnitude_bits), kv)
             decoder = Decoder.from_taper(self._file, activations=choice)
-            cache = decoder.new_cache(self._context + 1 + _COST_REPEATS)
-            tokens = np.arange(self._context, dtype=np.int32) % decoder.config.vocab_size
-            decoder.forward(tokens, cache, self._bits, logits="none")
-            self._seconds[key] = _median_seconds(lambda: decoder.forward([0], cache, self._bits))
-        return self._seconds[key]
+            cache = decoder.new_cache(self._context + 1)
+            fill_with_random_entries(cache, decoder.config, self._context)
+            runs.append((decoder, cache))
+        spent: dict[tuple[int, int, int], list[float]] = {choice: [] for choice in choices}
+        for round_ in range(_COST_ROUNDS + 1):
+            for named, (decoder, cache) in zip(choices, runs, strict=True):
+                begin = time.perf_counter()
+                decoder.forward([0], cache, bits)
+                if round_:
+                    spent[named].append(time.perf_counter() - begin)
+                cache.truncate(self._context)
+        return {named: statistics.median(times) for named, times in spent.items()}
 
     def _kv_bytes(self, key_bits: int, value_bits: int) -> int:
         choice = ActivationBits({}, str(KvPlanes(key_bits, value_bits)))
-        return (
-            Decoder.from_taper(self._file, activations=choice)
-            .new_cache(self._context)
-            .bytes_read(self._context)
-        )
+        decoder = Decoder.from_taper(self._file, activations=choice)
+        return decoder.new_cache(self._context).bytes_read(self._context)
 
 
-def _median_seconds(step: Callable[[], object]) -> float:
-    step()
-    times = []
-    for _ in range(_COST_REPEATS):
-        begin = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)
+def _rising(seconds: list[float]) -> list[float]:
+    """No time above a later one, nor above the last."""
+    found = [min(spent, seconds[-1]) for spent in seconds]
+    return list(itertools.accumulate(found, max))
 
 
 SEARCHES: dict[str, type[PaperSpace] | type[JointSpace]] = {"paper": PaperSpace, "joint": JointSpace}
@@ -388,14 +406,15 @@ def _test(
     progress: Callable[[str, float], None],
 ) -> tuple[list[HeldOut], HeldOut | None]:
     losses = _Losses(file, bits, windows)
-    bests = [tried for tried in result.evaluations if tried.is_best]
+    bests = [tried.bits for tried in result.evaluations if tried.is_best]
+    candidates = [*space.dearer(bests[0]), *bests] if bests else []
     tested: list[HeldOut] = []
     winner = None
-    for count, best in enumerate(bests, 1):
-        differences = losses.differences(space.chosen(best.bits))
+    for count, combination in enumerate(candidates, 1):
+        differences = losses.differences(space.chosen(combination))
         bound = float(np.expm1(upper_bound(differences)))
-        tested.append(HeldOut(best.bits, float(np.expm1(differences.mean())), bound))
-        progress("held out", count / len(bests))
+        tested.append(HeldOut(combination, float(np.expm1(differences.mean())), bound))
+        progress("held out", count / len(candidates))
         if bound > max_loss:
             break
         winner = tested[-1]
