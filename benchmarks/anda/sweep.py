@@ -36,7 +36,7 @@ from taper.formats.activations import TENSOR_TYPES, ActivationBits
 from taper.formats.container import TaperFile
 from taper.formats.spec import PlanedMatrix
 from taper.formats.text import read_text
-from taper.kernels import rotate, unpack_codes
+from taper.kernels import anda, rotate, unpack_codes
 from taper.layers.linear import FloatLinear
 from taper.models import Decoder
 from taper.models.parts import Parts, planed_parts
@@ -77,7 +77,11 @@ def dequantized(file: TaperFile, matrix: PlanedMatrix, bits: int) -> tuple[F32, 
 
 def through_format(x: F32, magnitude_bits: int, group_size: int | None, rounding: str) -> F32:
     """Rows through the format, as `anda.dequantize(anda.quantize(...))` gives them, three times as fast."""
-    groups = x.reshape(len(x), -1, x.shape[1] if group_size is None else group_size)
+    size = x.shape[1] if group_size is None else group_size
+    if x.shape[1] % size:  # the last group is short
+        whole: F32 = anda.dequantize(anda.quantize(x, magnitude_bits, group_size, rounding))
+        return whole
+    groups = x.reshape(len(x), -1, size)
     exponents = np.maximum(np.frexp(np.abs(groups).max(axis=2, keepdims=True))[1], LEAST_EXPONENT)
     unit = np.ldexp(np.float32(1), exponents - magnitude_bits)
     scaled = groups / unit
