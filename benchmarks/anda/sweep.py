@@ -41,7 +41,7 @@ from taper.layers.linear import FloatLinear
 from taper.models import Decoder
 from taper.models.parts import Parts, planed_parts
 from taper.tokenizer import Tokenizer
-from taper.tune.activations import multiplications
+from taper.tune.activation_spaces import multiplications
 from taper.tune.anda_search import bops_saving, search_bits
 
 F32 = NDArray[np.float32]

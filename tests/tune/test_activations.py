@@ -10,8 +10,9 @@ from taper.formats.activations import TENSOR_TYPES, ActivationBits
 from taper.formats.container import TaperFile
 from taper.models import Decoder
 from taper.testing.tiny import tiny_config
-from taper.tune import activations
-from taper.tune.activations import ActivationOptions, multiplications, tune_activations
+from taper.tune import activation_spaces, activations
+from taper.tune.activation_spaces import ActivationOptions, multiplications
+from taper.tune.activations import tune_activations
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +104,7 @@ def test_a_dearer_one_is_chosen_where_the_path_does_not_hold_on_other_text(model
 
 
 def test_times_rise_with_the_bits_whatever_the_noise():
-    assert activations._rising([3.0, 1.0, 2.0, 9.0, 4.0]) == [3.0, 3.0, 3.0, 4.0, 4.0]
+    assert activation_spaces._rising([3.0, 1.0, 2.0, 9.0, 4.0]) == [3.0, 3.0, 3.0, 4.0, 4.0]
 
 
 def test_nothing_is_chosen_where_nothing_holds(model, texts):
@@ -116,7 +117,7 @@ def test_nothing_is_chosen_where_nothing_holds(model, texts):
 def steady(monkeypatch):
     """Every step takes a millisecond, those with wide activations two."""
     monkeypatch.setattr(
-        activations._StepCosts,
+        activation_spaces._StepCosts,
         "_times",
         lambda self, choices, bits: {c: 0.002 if c[0] > 7 else 0.001 for c in choices},
     )
@@ -144,7 +145,7 @@ def test_the_joint_search_chooses_bands_keys_and_values(model, texts, monkeypatc
 def test_bands_become_bits_by_layer(model, texts, monkeypatch):
     steady(monkeypatch)
     file = TaperFile.open(model)
-    space = activations.JointSpace(file, 4, options(texts))
+    space = activation_spaces.JointSpace(file, 4, options(texts))
     chosen = space.chosen((7, 7, 14, 7, 7, 7, 7, 14, 6, 4))
     assert chosen.bits == {"qkv": 7, "o": [14, 7], "gate_up": 7, "down": [7, 14]}
     assert chosen.kv == "k6v4"

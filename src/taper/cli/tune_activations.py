@@ -48,7 +48,8 @@ def tune_activations_of(
     if not texts:
         raise UsageError("--activations needs a text", "add --text TEXT, several times for several domains")
     from taper.formats.container import TaperFile
-    from taper.tune.activations import ActivationOptions, tune_activations
+    from taper.tune.activation_spaces import ActivationOptions
+    from taper.tune.activations import tune_activations
 
     if TaperFile.open(model).is_truncated and not dry_run:
         raise CorruptFileError(f"{model} is cut off: only a whole file takes bits", hint="add --dry-run")
