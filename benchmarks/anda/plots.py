@@ -28,10 +28,14 @@ def sensitivity(found: dict[str, Any], out: Path) -> None:
         bits = [int(m) for m in row["loss"]]
         losses = [max(loss, FLOOR) for loss, _ in row["loss"].values()]
         solid = row["rounding"] == "nearest"
-        axis.plot(
+        errors = [error for _, error in row["loss"].values()]
+        below = [min(error, loss - FLOOR) for loss, error in zip(losses, errors, strict=True)]
+        axis.errorbar(
             bits,
             losses,
-            "-o" if solid else "--x",
+            [below, errors],
+            fmt="-o" if solid else "--x",
+            elinewidth=0.6,
             color=COLOURS[row["type"]],
             label=f"{row['type']}, {'to nearest' if solid else 'truncated'}",
             markersize=4,
@@ -40,7 +44,11 @@ def sensitivity(found: dict[str, Any], out: Path) -> None:
     axis.set_yscale("log")
     axis.set_xlabel("magnitude bits M of one tensor type (the others: 13)")
     axis.set_ylabel("loss: perplexity over the reference's, minus 1")
-    axis.set_title(f"{found['model']}, weights at {found['weight_bits']} bits, groups of 64", fontsize=10)
+    axis.set_title(
+        f"{found['model']}, weights at {found['weight_bits']} bits, groups of 64; bars: a standard error;\n"
+        f"what is below {FLOOR:.2%}, or negative, is drawn there",
+        fontsize=9,
+    )
     axis.legend(fontsize=8, ncols=2)
     save(figure, out / "anda_sensitivity.png")
 

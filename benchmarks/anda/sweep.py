@@ -50,6 +50,7 @@ Combination = tuple[int, ...]
 SWEPT = range(3, 11)
 REST = 13
 LIMITS = (0.001, 0.01)
+REDRAWS = 4000
 ROUNDINGS = ("nearest", "truncate")
 GROUPS: dict[str, int | None] = {"64": 64, "row": None}
 # The exponent field 1 of float16, as frexp counts.
@@ -245,8 +246,28 @@ def gained(uniform: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                     at[row["rounding"]] = bits_at(losses, limit)
             nearest, truncated = at["nearest"], at["truncate"]
             gain = None if nearest is None or truncated is None else truncated - nearest
-            found.append({"group": group, "limit": limit, **at, "gain": gain})
+            range_ = gain_range([row for row in uniform if row["group"] == group], limit)
+            found.append({"group": group, "limit": limit, **at, "gain": gain, "gain_95": range_})
     return found
+
+
+def gain_range(rows: Sequence[dict[str, Any]], limit: float) -> tuple[float, float] | None:
+    """The middle 95 % of the gain when every loss is redrawn by its standard error; None where more than a
+    tenth of the redraws do not cross the limit."""
+    generator, gains = np.random.default_rng(0), []
+    for _ in range(REDRAWS):
+        at = {}
+        for row in rows:
+            drawn = [
+                (m, loss + error * generator.standard_normal()) for m, (loss, error) in row["loss"].items()
+            ]
+            at[row["rounding"]] = bits_at(drawn, limit)
+        if at["nearest"] is not None and at["truncate"] is not None:
+            gains.append(at["truncate"] - at["nearest"])
+    if len(gains) < 0.9 * REDRAWS:
+        return None
+    low, high = np.percentile(gains, [2.5, 97.5])
+    return float(low), float(high)
 
 
 def timed(file: TaperFile, bits: int) -> dict[str, float]:
@@ -276,11 +297,11 @@ def show(found: dict[str, Any]) -> None:
     print("\nall types at M, loss: " + " ".join(f"{m:>8}" for m in SWEPT))
     for row in found["uniform"]:
         name = f"group {row['group']}, {row['rounding']}"
-        print(f"{name:22}" + " ".join(f"{loss:+8.3%}" for loss, _ in row["loss"].values()))
+        print(f"{name:22}" + " ".join(f"{loss:+.2%} ({error:.2%})" for loss, error in row["loss"].values()))
     print("\none type at M, the rest at 13 (group 64):")
     for row in found["by_type"]:
         name = f"{row['type']}, {row['rounding']}"
-        print(f"{name:22}" + " ".join(f"{loss:+8.3%}" for loss, _ in row["loss"].values()))
+        print(f"{name:22}" + " ".join(f"{loss:+.2%} ({error:.2%})" for loss, error in row["loss"].values()))
     print()
     for row in found["searches"]:
         bits = "none" if row["bits"] is None else "-".join(map(str, row["bits"]))
@@ -288,6 +309,7 @@ def show(found: dict[str, Any]) -> None:
         print(f"{row['rounding']:9} {row['limit']:.1%}: {bits}{saving}, {len(row['path'])} evaluations")
     for row in found["gained_bits"]:
         gain = "beyond the sweep" if row["gain"] is None else f"{row['gain']:.2f} bits"
+        gain += "" if row["gain_95"] is None else " (95 %: {:.2f} to {:.2f})".format(*row["gain_95"])
         print(f"group {row['group']}, loss {row['limit']:.1%}: nearest saves {gain}")
     speed = found["prefill_tokens_per_s"]
     print(f"prefill, engine: {speed['7']:.0f} tok/s with 7 bits, {speed['14']:.0f} with 14")

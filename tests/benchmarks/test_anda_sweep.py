@@ -55,6 +55,24 @@ def test_bits_at_a_loss_are_interpolated_by_its_logarithm():
     assert sweep.bits_at(losses, 1.0) is None
 
 
+def test_the_gains_range_comes_from_the_errors():
+    def curve(rounding, error):
+        return {
+            "group": "64",
+            "rounding": rounding,
+            "loss": {m: (10.0 ** (shift(rounding) - m), error) for m in range(3, 8)},
+        }
+
+    def shift(rounding):
+        return 2.0 if rounding == "nearest" else 3.0
+
+    exact = [curve("nearest", 0.0), curve("truncate", 0.0)]
+    assert sweep.gain_range(exact, 0.005) == pytest.approx((1.0, 1.0))
+    low, high = sweep.gain_range([curve("nearest", 0.001), curve("truncate", 0.001)], 0.005)
+    assert low < 1.0 < high
+    assert sweep.gain_range(exact, 10.0) is None
+
+
 def test_a_block_is_scored_whole_and_its_bytes_are_those_of_the_blocks(file):
     block = np.random.default_rng(2).integers(2, 290, 320).astype(np.int32)
     plain, planes = Decoder.from_taper(file, kv="float16"), Decoder.from_taper(file, kv="7")

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 
 from taper.errors import UsageError
 
-# What the entries of a combination are of: the inputs of these matrices, in every layer.
-TENSOR_TYPES = ("qkv", "o", "gate_up", "down")
 # The paper's seeds, limit of evaluations, and what it counts costs with: 4-bit weights, against float16.
 SEEDS = range(4, 14)
 MAX_EVALUATIONS = 32
