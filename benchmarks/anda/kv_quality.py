@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -20,18 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from finish import finish
 from numpy.typing import NDArray
 
 from taper.evaluate.divergence import log_likelihoods, log_normalisers
 from taper.evaluate.protocols import cut
+from taper.formats.activations import KV_FLOAT16
 from taper.formats.container import TaperFile
 from taper.formats.text import read_text
-from taper.kvcache import FLOAT16
 from taper.models import Decoder
 from taper.tokenizer import Tokenizer
 
 FORMATS = (
-    FLOAT16,
+    KV_FLOAT16,
     "7",
     "6",
     "5",
@@ -53,6 +53,7 @@ def read(decoder: Decoder, block: NDArray[np.int32], bits: int) -> tuple[float, 
     for begin in range(0, len(block), PASS_TOKENS):
         logits = decoder.forward(block[begin : begin + PASS_TOKENS], cache, bits, logits="all")
         assert logits is not None
+        cache.release_old()
         targets = block[begin + 1 : begin + 1 + PASS_TOKENS]
         scored = logits[: len(targets)]
         total -= float(np.sum(log_likelihoods(scored, log_normalisers(scored), targets), dtype=np.float64))
@@ -77,7 +78,7 @@ def report(model: Path, texts: Sequence[Path], bits: int | None, num_blocks: int
             loss, held[kv] = read(decoder, block, width)
             losses[kv].append(loss)
         print(f"{done} of {len(blocks)} blocks, {time.perf_counter() - begin:.0f} s", file=sys.stderr)
-    reference = np.array(losses[FLOAT16])
+    reference = np.array(losses[KV_FLOAT16])
     rows = []
     for kv in FORMATS:
         differences = np.array(losses[kv]) - reference
@@ -88,7 +89,7 @@ def report(model: Path, texts: Sequence[Path], bits: int | None, num_blocks: int
                 "increase": float(np.expm1(differences.mean())),
                 "error": float(differences.std(ddof=1) / np.sqrt(len(differences))),
                 "bytes": held[kv],
-                "times_less": held[FLOAT16] / held[kv],
+                "times_less": held[KV_FLOAT16] / held[kv],
             }
         )
     return {
@@ -126,10 +127,7 @@ def main() -> None:
             f"{row['kv']:12} {row['perplexity']:10.4f} {increase:>20} {row['bytes'] / 1024:9.0f} "
             f"{row['times_less']:6.2f}x"
         )
-    line = json.dumps(found)
-    if options.json is not None:
-        options.json.write_text(line + "\n", encoding="utf-8")
-    print(line)
+    finish(found, options.json)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import random
 import statistics
 import sys
@@ -20,12 +19,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from finish import finish
+
 from taper import kernels
+from taper.formats.activations import KV_FLOAT16
 from taper.formats.container import TaperFile
-from taper.kvcache import FLOAT16, AnyCache, fill_with_random_entries
+from taper.kvcache import AnyCache, fill_with_random_entries
 from taper.models import Decoder
 
-FORMATS = (FLOAT16, "7", "5", "4", "7,4@128")
+FORMATS = (KV_FLOAT16, "7", "5", "4", "7,4@128")
 CONTEXTS = (512, 1024, 2048, 4096, 8192)
 ROUNDS = 15
 STAGES = ("attention", "merge")
@@ -35,6 +37,7 @@ def filled(decoder: Decoder, context: int, room: int) -> AnyCache:
     """A cache with random entries and room behind them."""
     cache = decoder.new_cache(context + room)
     fill_with_random_entries(cache, decoder.config, context)
+    cache.release_old()
     return cache
 
 
@@ -59,7 +62,7 @@ def measure(decoders: dict[str, Decoder], context: int, bits: int, rounds: int) 
                 found[kv].append(spent)
     rows = []
     for kv, spent in found.items():
-        ratios = sorted(own[0] / base[0] for own, base in zip(spent, found[FLOAT16], strict=True))
+        ratios = sorted(own[0] / base[0] for own, base in zip(spent, found[KV_FLOAT16], strict=True))
         rows.append(
             {
                 "context": context,
@@ -122,10 +125,7 @@ def main() -> None:
             f"{row['context']:8} {row['kv']:10} {row['attention_ms']:7.2f} ms {ratio:>26} "
             f"{row['share']:7.1%} {row['bytes_held'] / 1e6:8.1f}"
         )
-    line = json.dumps(found)
-    if options.json is not None:
-        options.json.write_text(line + "\n", encoding="utf-8")
-    print(line)
+    finish(found, options.json)
 
 
 if __name__ == "__main__":

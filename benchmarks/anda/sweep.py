@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -28,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from finish import finish
 from numpy.typing import NDArray
 
-from taper.evaluate.divergence import log_likelihoods, log_normalisers
 from taper.evaluate.protocols import cut
 from taper.formats.activations import TENSOR_TYPES, ActivationBits
 from taper.formats.container import TaperFile
@@ -42,6 +41,7 @@ from taper.models import Decoder
 from taper.models.parts import Parts, planed_parts
 from taper.tokenizer import Tokenizer
 from taper.tune.activation_spaces import multiplications
+from taper.tune.activations import window_losses
 from taper.tune.anda_search import bops_saving, search_bits
 
 F32 = NDArray[np.float32]
@@ -134,16 +134,7 @@ class Simulation:
 
     def nll(self, windows: NDArray[np.int32]) -> NDArray[np.float64]:
         """Mean negative log-likelihood of the second half of each window."""
-        length = windows.shape[1]
-        cache, found = self.decoder.new_cache(length), []
-        for window in windows:
-            cache.truncate(0)
-            logits = self.decoder.forward(window[:-1], cache, self.width, logits="all")
-            assert logits is not None
-            scored = logits[length // 2 :]
-            likelihoods = log_likelihoods(scored, log_normalisers(scored), window[length // 2 + 1 :])
-            found.append(-float(np.mean(likelihoods, dtype=np.float64)))
-        return np.array(found)
+        return window_losses(self.decoder, windows, self.width)
 
 
 def _without_native(parts: Parts) -> Parts:
@@ -328,10 +319,7 @@ def main() -> None:
     options = parser.parse_args()
     found = report(options.model, options.text, options.bits, options.windows)
     show(found)
-    line = json.dumps(found)
-    if options.json is not None:
-        options.json.write_text(line + "\n", encoding="utf-8")
-    print(line)
+    finish(found, options.json)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ class ActivationReport:
         chosen: the winner for the file's header.
         saving: of BOPs (`paper`) or of cost (`joint`) against the reference.
         bits: width of the weights.
+        num_tokens: scored in calibration and in the test.
     """
 
     names: tuple[str, ...]
@@ -161,18 +162,28 @@ class _Losses:
         return float(np.expm1(self.differences(choice).mean()))
 
     def _per_window(self, choice: ActivationBits) -> Float64:
-        decoder = Decoder.from_taper(self.file, activations=choice)
-        length = self.windows.shape[1]
-        cache, first = decoder.new_cache(length), length // 2
-        found = []
-        for window in self.windows:
-            cache.truncate(0)
-            decoder.forward(window[:first], cache, self.bits, logits="none")
-            logits = decoder.forward(window[first:-1], cache, self.bits, logits="all")
-            assert logits is not None
-            likelihoods = log_likelihoods(logits, log_normalisers(logits), window[first + 1 :])
-            found.append(-float(np.mean(likelihoods, dtype=np.float64)))
-        return np.array(found)
+        return window_losses(Decoder.from_taper(self.file, activations=choice), self.windows, self.bits)
+
+
+def window_losses(decoder: Decoder, windows: Int32, bits: int) -> Float64:
+    """Mean negative log-likelihood of the second half of each window, float64 (windows,).
+
+    Args:
+        decoder: the model.
+        windows: int32 (windows, tokens), each read from an empty cache.
+        bits: of every pass.
+    """
+    length = windows.shape[1]
+    cache, first = decoder.new_cache(length), length // 2
+    found = []
+    for window in windows:
+        cache.truncate(0)
+        decoder.forward(window[:first], cache, bits, logits="none")
+        logits = decoder.forward(window[first:-1], cache, bits, logits="all")
+        assert logits is not None
+        likelihoods = log_likelihoods(logits, log_normalisers(logits), window[first + 1 :])
+        found.append(-float(np.mean(likelihoods, dtype=np.float64)))
+    return np.array(found)
 
 
 def _test(
