@@ -7,6 +7,7 @@ import json
 import pytest
 
 from taper.formats.container import TaperFile
+from taper.models import Decoder
 from taper.testing.tiny import tiny_hf_dir, tiny_taper
 
 
@@ -86,3 +87,32 @@ def test_refusals(taper, model, options, message):
     outcome = taper("eval", model, *options)
     assert outcome.status == 2
     assert message in outcome.err
+
+
+def test_kv_holds_for_text_tasks_and_generation(taper, model, folder, text, tmp_path, monkeypatch):
+    task = tmp_path / "mine.jsonl"
+    task.write_text('{"context": "the sea and the stone", "choices": [" of rain", " in"], "answer": 0}\n' * 3)
+    opened, real = [], Decoder.from_taper
+
+    def spy(file, *arguments, **options):
+        opened.append(options.get("kv"))
+        return real(file, *arguments, **options)
+
+    monkeypatch.setattr(Decoder, "from_taper", spy)
+    losses = set()
+    for kv in ("float16", "2", "7,2@64"):
+        measured = ["--tasks", task, "--generation", "2", "--max-blocks", "1", "--against", folder]
+        outcome = taper("eval", model, "--text", text, "--bits", "8", *measured, "--kv", kv, "--json")
+        assert outcome.status == 0, outcome.err
+        losses.add(json.loads(outcome.out)["reports"][0]["results"][1]["mean_kl"])
+    assert opened == ["float16"] * 3 + ["2"] * 3 + ["7,2@64"] * 3
+    assert len(losses) == 3
+
+
+def test_kv_is_refused_where_it_cannot_hold(taper, folder, model, text):
+    outcome = taper("eval", folder, "--text", text, "--kv", "7")
+    assert outcome.status == 2
+    assert "its KV cache is float32" in outcome.err
+    outcome = taper("eval", model, "--text", text, "--against", folder, "--kv", "7", "--write-card")
+    assert outcome.status == 2
+    assert "--write-card stores figures of the file as it is read by itself" in outcome.err

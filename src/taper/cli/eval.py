@@ -143,6 +143,10 @@ def _check(options: EvalOptions, png: str | None, write_card: bool) -> None:
         raise UsageError(
             "--write-card takes one protocol and a .taper file", hint="choose --protocol windows or blocks"
         )
+    if write_card and options.kv is not None:
+        raise UsageError(
+            "--write-card stores figures of the file as it is read by itself", hint="leave --kv out"
+        )
     if png is not None and not Path(png).resolve().parent.is_dir():
         raise UsageError(f"folder {Path(png).parent} does not exist", hint="make it first")
 
@@ -193,6 +197,7 @@ def _tasks(options: EvalOptions) -> list[TaskReport]:
             bits=options.bits,
             against=options.against,
             progress=lambda what, done: update(what, done, None),
+            kv=options.kv,
         )
 
 
@@ -211,6 +216,7 @@ def _generation(options: EvalOptions) -> GenerationReport | None:
             num_prompts=options.generation,
             bits=options.bits,
             progress=lambda what, done: update(what, done, None),
+            kv=options.kv,
         )
 
 

@@ -66,6 +66,7 @@ def measure_tasks(
     bits: Sequence[float] | None = None,
     against: str | Path | None = None,
     progress: Callable[[str, float], None] | None = None,
+    kv: str | None = None,
 ) -> list[TaskReport]:
     """Answer every task at every width.
 
@@ -75,12 +76,13 @@ def measure_tasks(
         bits: widths of the file; None means all whole ones.
         against: the float checkpoint's folder; adds its own result and the agreement with it.
         progress: called as progress(what, done fraction) after each item.
+        kv: of the model, as `open_model` takes it.
 
     Raises:
         UsageError: a width outside the file, a model without a tokenizer, another vocabulary, a choice
             longer than the model's context.
     """
-    decoder, tokenizer = open_model(model)
+    decoder, tokenizer = open_model(model, kv)
     scorers = [Scorer(decoder, tokenizer, width) for width in checked_widths(decoder, bits)]
     if against is not None:
         reference, _ = open_model(against)

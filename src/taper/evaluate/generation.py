@@ -68,6 +68,7 @@ def measure_generation(
     num_prompts: int,
     bits: Sequence[float] | None = None,
     progress: Callable[[str, float], None] | None = None,
+    kv: str | None = None,
 ) -> GenerationReport:
     """Continue prompts from a text greedily with the float model and with every width, and compare.
 
@@ -81,11 +82,12 @@ def measure_generation(
         num_prompts: at least 1.
         bits: widths of the file; None means all whole ones.
         progress: called as progress(what, done fraction) after each continuation.
+        kv: of the model, as `open_model` takes it.
 
     Raises:
         UsageError: a width outside the file, no tokenizer, another vocabulary, a text shorter than a prompt.
     """
-    decoder, tokenizer = open_model(model)
+    decoder, tokenizer = open_model(model, kv)
     reference, _ = open_model(against)
     check_vocabularies(reference, decoder)
     context = min(decoder.context_length, reference.context_length)
