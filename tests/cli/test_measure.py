@@ -98,6 +98,14 @@ def test_bench_decodes_several_sequences_together(taper, model):
     assert three["bytes_per_token"] < one["bytes_per_token"] / 2
 
 
+def test_bench_goes_back_behind_a_window(taper, model):
+    """Each repetition begins at the depth again, further back than the window."""
+    outcome = taper("bench", model, "--bits", "4", "--prompt", "0", "--generate", "150", "--depth", "70",
+                    "--repeat", "2", "--kv", "7,4@64", "--json")  # fmt: skip
+    assert outcome.status == 0, outcome.err
+    assert json.loads(outcome.out)["rows"][0]["num_tokens"] == 150
+
+
 def test_bench_under_a_policy(taper, model):
     policy = "progressive:4@0,3@2,2@3"
     options = ("--policy", policy, "--prompt", "0", "--generate", "4", "--repeat", "1", "--json")

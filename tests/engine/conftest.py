@@ -27,6 +27,12 @@ class FakeCache:
     def bytes_at(self, num_tokens: int) -> int:
         return KV_BYTES * num_tokens
 
+    def release_old(self):
+        pass
+
+    def keeps(self, num_tokens):
+        return num_tokens
+
 
 @dataclass
 class FakeDecoder:

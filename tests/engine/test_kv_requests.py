@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 import taper
@@ -64,6 +66,15 @@ def test_exact_mode_gives_the_tokens_of_its_width(path, kv):
     exact = model.generate(request(policy=Exact(8)))
     assert exact.token_ids == plain.token_ids
     assert exact.logprobs == plain.logprobs
+
+
+def test_an_audit_reads_again_what_a_window_has_given_up(path):
+    """The answer is longer than the window, so the cache does not reach back to the prompt's end."""
+    long = request(policy=Fixed(8), audit=True)
+    long = dataclasses.replace(long, max_tokens=300)
+    done = engine(path, "7,4@64").generate(long)
+    assert done.audit.kl == (0.0,) * 300
+    assert engine(path, "7,7@64").generate(long).audit.kl == (0.0,) * 300
 
 
 def test_a_loaded_model_takes_the_format(path):

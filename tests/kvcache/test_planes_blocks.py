@@ -33,6 +33,7 @@ def fill(of, num_tokens, seed=0):
         qkv = rng.standard_normal((num_tokens, 3 * HEADS * DIM)).astype(np.float32)
         layer.store(qkv, HEADS, begin, np.cos(angles), np.sin(angles))
     of.advance(num_tokens)
+    of.release_old()
 
 
 def test_bytes_are_those_of_blocks_and_of_bits():
@@ -146,7 +147,29 @@ def test_a_fork_shares_blocks_until_one_of_the_two_writes():
         assert not np.array_equal(part[:, 70:90], kept[:, 70:90])
     with pytest.raises(UsageError, match="101 entries cannot be shared"):
         of.fork(101, 1000)
+    with pytest.raises(UsageError, match="the cache holds 100, the other one 69"):
+        of.fork(70, 69)
     pool.check_integrity()
+
+
+def test_a_fork_that_reads_more_than_is_left_is_refused():
+    """This cache reads 3 bits and so needs no lower planes; the other one would."""
+    of = cache(WINDOWED, reading=parse_kv("3"))
+    fill(of, 300)
+    assert of.keeps(150) == 150
+    assert of.fork(150, 1000, parse_kv("4")).num_tokens == 150
+    with pytest.raises(UsageError, match="150 entries cannot be shared"):
+        of.fork(150, 1000)
+    of.pool.check_integrity()
+
+
+def test_nothing_is_given_up_before_it_is_said():
+    of = cache(WINDOWED)
+    of.require(300)
+    of.advance(300)
+    assert of.keeps(1) == 1
+    of.release_old()
+    assert of.keeps(1) == 0
 
 
 def test_shapes_that_planes_cannot_hold_are_refused():

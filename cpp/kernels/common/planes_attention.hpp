@@ -1,9 +1,10 @@
 // Attention over a KV cache of planes (docs/numerics.md, "KV cache as planes"): scores and weighted sums are integer
 // dot products. V is an instruction set's Vec16, I its integers:
 //
-//   I::unpack<kPlanes, kHalf>(planes, at, out) 512 values of the line at this offset: signs, then kPlanes magnitude
-//   planes;
-//                                            with kHalf a one is added below the last. out: int8, word by word.
+//   I::unpack<kPlanes, kHalf>(planes, at, out)
+//                                            512 values of the line at this offset: signs, then kPlanes
+//                                            magnitude planes; with kHalf a one is added below the last. out:
+//                                            int8, word by word
 //   I::exponents(words, out)                 64 exponents of a group
 //   I::Bytes, I::Sums                        64 bytes, 16 int32
 //   I::sum_of(q, n), I::start(sum)           what sums of key_dot begin with

@@ -250,7 +250,8 @@ def run_audit(
     began_ns = time.perf_counter_ns()
     ids = [*prompt_ids, *answer_ids[:-1]]
     first = len(prompt_ids) - 1  # its logits are the answer's first
-    start = first if reuse_prompt else 0
+    # A KV cache with a window may not reach back to the end of the prompt.
+    start = runner.keeps(first) if reuse_prompt else 0
     runner.truncate(start)
     answer_chunk = max(1, min(chunk_tokens, PASS_LOGITS // len(used[0])))
     num_bytes = 0

@@ -33,6 +33,10 @@ class Cache(Protocol):
         """The largest number of entries up to `num_tokens` that `truncate` takes."""
         ...
 
+    def release_old(self) -> None:
+        """Give up what no later token reads."""
+        ...
+
     def truncate(self, num_tokens: int) -> None:
         """Keep the first `num_tokens` entries."""
         ...
@@ -120,21 +124,29 @@ class ModelRunner:
     def prefill(self, tokens: SequenceOf[int], bits: Bits, is_last: bool) -> NDArray[np.float32] | None:
         """Run a chunk of the prompt; logits, (vocab,), from its last token where it is the last chunk."""
         ids = np.asarray(tokens, np.int32)
-        logits = self._model.forward(ids, self._cache, bits, "last" if is_last else "none")
+        logits = self._forward(ids, bits, "last" if is_last else "none")
         return None if logits is None else logits[0]
 
     def decode(self, token_id: int, bits: Bits) -> NDArray[np.float32]:
         """Run one generated token; logits, (vocab,)."""
-        logits = self._model.forward(np.array([token_id], np.int32), self._cache, bits, "last")
+        logits = self._forward(np.array([token_id], np.int32), bits, "last")
         assert logits is not None
         row: NDArray[np.float32] = logits[0]
         return row
 
     def verify(self, tokens: SequenceOf[int], bits: float) -> NDArray[np.float32]:
         """Run given tokens, such as drafts; the logits after each of them, (tokens, vocab)."""
-        logits = self._model.forward(np.asarray(tokens, np.int32), self._cache, bits, "all")
+        logits = self._forward(np.asarray(tokens, np.int32), bits, "all")
         assert logits is not None
         return logits
+
+    def _forward(
+        self, ids: NDArray[np.int32], bits: Bits, logits: Literal["last", "all", "none"]
+    ) -> NDArray[np.float32] | None:
+        assert self._cache is not None
+        found = self._model.forward(ids, self._cache, bits, logits)
+        self._cache.release_old()
+        return found
 
     def keeps(self, position: int) -> int:
         """The position up to `position` that `truncate` can go back to."""

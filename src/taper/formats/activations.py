@@ -9,7 +9,7 @@ from typing import Any
 # Inputs of a layer's matrices, in the order of Anda's tuples (qkv, o, up and gate, down).
 TENSOR_TYPES = ("qkv", "o", "gate_up", "down")
 # Magnitude bits of a row of activations: what two int8 parts hold (docs/numerics.md, "Activations").
-MAX_MAGNITUDE_BITS = 14
+MAX_ACTIVATION_BITS = 14
 KV_FLOAT16 = "float16"
 MAX_WIDTH = 8
 _MAX_KV_TEXT = 64
@@ -47,9 +47,10 @@ class ActivationBits:
             if layers is magnitude and len(layers) != num_layers:
                 raise ValueError(f"activations of {name} have bits for {len(layers)} of {num_layers} layers")
             for bits_of_layer in layers:
-                if type(bits_of_layer) is not int or not 1 <= bits_of_layer <= MAX_MAGNITUDE_BITS:
+                if type(bits_of_layer) is not int or not 1 <= bits_of_layer <= MAX_ACTIVATION_BITS:
                     raise ValueError(
-                        f"activations of {name} have {bits_of_layer!r} bits, expected 1..{MAX_MAGNITUDE_BITS}"
+                        f"activations of {name} have {bits_of_layer!r} bits, "
+                        f"expected 1..{MAX_ACTIVATION_BITS}"
                     )
         if not isinstance(kv, str) or len(kv) > _MAX_KV_TEXT:
             raise ValueError(f"activations kv is no text of at most {_MAX_KV_TEXT} characters")

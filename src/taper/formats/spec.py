@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from taper.config import ModelConfig
 from taper.errors import UsageError
-from taper.formats.activations import ActivationBits
+from taper.formats.activations import MAX_WIDTH, ActivationBits
 from taper.formats.learned import LearnedScheduler
 from taper.formats.outliers import OutlierRows
 from taper.formats.safetensors_header import DTYPE_BYTES, TensorEntry
@@ -31,7 +31,7 @@ F16 = npt.NDArray[np.float16]
 F32 = npt.NDArray[np.float32]
 
 FORMAT = "taper/1"
-MAX_BITS = 8
+MAX_BITS = MAX_WIDTH
 # Cache line and AVX-512 register: every plane begins at a multiple of this.
 ALIGNMENT = 64
 DIGEST_DIGITS = 32
@@ -40,9 +40,8 @@ FINAL_NORM = "norm.final"
 NARROW_VALUE = 127
 WIDE_VALUE = 127 * 128 + 63
 LEAST_WIDE_BITS = 7
-# Magnitude bits of the activations: what an int8 holds, and what two int8 parts hold.
+# Magnitude bits of the activations: what an int8 holds.
 ACTIVATION_BITS = 7
-MAX_ACTIVATION_BITS = 14
 
 
 @dataclass(frozen=True, slots=True)

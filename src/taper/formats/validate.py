@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from taper.config import ModelConfig, RopeConfig
 from taper.errors import CorruptFileError, ModelNotFoundError
-from taper.formats.activations import ActivationBits
+from taper.formats.activations import MAX_ACTIVATION_BITS, ActivationBits
 from taper.formats.learned import LearnedScheduler
 from taper.formats.safetensors_header import SafetensorsHeader, TensorEntry
 from taper.formats.sensitivity import Sensitivity, checked_figures
@@ -22,7 +22,6 @@ from taper.formats.spec import (
     DIGEST_DIGITS,
     FORMAT,
     LEAST_WIDE_BITS,
-    MAX_ACTIVATION_BITS,
     MAX_BITS,
     NARROW_VALUE,
     WIDE_VALUE,

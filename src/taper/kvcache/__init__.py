@@ -1,7 +1,7 @@
 """KV caches of sequences: arrays of floats, or planes in paged blocks."""
 
 from taper.kvcache.cache import KEY_BLOCK, KvCache, KvLayer
-from taper.kvcache.format import FLOAT16, MAX_KV_BITS, KvPlanes, parse_kv
+from taper.kvcache.format import MAX_KV_BITS, KvPlanes, parse_kv
 from taper.kvcache.planes import BLOCK_ENTRIES, PlanesCache, PlanesLayer, planes_layout
 from taper.kvcache.pool import KvPool
 from taper.kvcache.random_entries import fill_with_random_entries
@@ -11,7 +11,6 @@ AnyLayer = KvLayer | PlanesLayer
 
 __all__ = [
     "BLOCK_ENTRIES",
-    "FLOAT16",
     "KEY_BLOCK",
     "MAX_KV_BITS",
     "AnyCache",

@@ -107,6 +107,9 @@ class KvCache:
         """Bytes that so many entries take."""
         return num_tokens * self.token_bytes
 
+    def release_old(self) -> None:
+        """Give up what no later token reads: nothing here."""
+
     def keeps(self, num_tokens: int) -> int:
         """The largest number of entries up to `num_tokens` that it can be truncated to: this many."""
         return num_tokens

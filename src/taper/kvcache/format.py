@@ -6,10 +6,10 @@ import re
 from dataclasses import dataclass
 
 from taper.errors import UsageError
+from taper.formats.activations import KV_FLOAT16
 
 # With the sign a value is an int8 (docs/numerics.md, "KV cache as planes").
 MAX_KV_BITS = 7
-FLOAT16 = "float16"
 _HINT = "write float16, or magnitude bits as in 7, k7v5, 7,4@128 or k7v6,k5v4@256"
 
 LayerBitsOf = int | tuple[int, ...]
@@ -87,7 +87,7 @@ def parse_kv(text: str) -> KvPlanes | None:
     Raises:
         UsageError: for anything else.
     """
-    if text == FLOAT16:
+    if text == KV_FLOAT16:
         return None
     bits = r"(?:k([0-9]+)v([0-9]+)|([0-9]+))"
     found = re.fullmatch(rf"{bits}(?:,{bits}@([0-9]{{1,9}}))?", text)

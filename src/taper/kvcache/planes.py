@@ -13,10 +13,11 @@ from taper.kernels import PlanesBlocks, PlanesLayout, kv_planes, planes_attentio
 from taper.kvcache.format import MAX_KV_BITS, KvPlanes
 from taper.kvcache.pool import KvPool
 
+BLOCK_ENTRIES = kv_planes.BLOCK_ENTRIES
+
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
 
-BLOCK_ENTRIES = 64
 # Lower planes are kept for a block more than the window, so that drafts may be taken back.
 _MARGIN = BLOCK_ENTRIES
 # Tokens of a pass, over whose span lower planes are held: what the engine's prefill takes at a time.
@@ -189,7 +190,6 @@ class PlanesCache:
     def advance(self, num_tokens: int) -> None:
         """Count `num_tokens` entries, written by now in every layer, as filled."""
         self._num_tokens = self.require(num_tokens)
-        self._release_old()
 
     def truncate(self, num_tokens: int) -> None:
         """Keep the first `num_tokens` entries, to replay or to drop rejected drafts.
@@ -228,12 +228,14 @@ class PlanesCache:
         Raises:
             UsageError, DoesNotFitError: as `truncate` and the constructor; the pool is exhausted.
         """
-        if not 0 <= num_tokens <= self._num_tokens or self.keeps(num_tokens) != num_tokens:
-            raise UsageError(
-                f"{num_tokens} entries cannot be shared: the cache holds {self._num_tokens}",
-                f"choose up to {self._num_tokens}, outside what a window has given up",
-            )
         other = PlanesCache(self.kv, *self._shape, capacity, self.pool, reading)
+        other._num_released = self._num_released
+        if not 0 <= num_tokens <= min(self._num_tokens, capacity) or other.keeps(num_tokens) != num_tokens:
+            raise UsageError(
+                f"{num_tokens} entries cannot be shared: the cache holds {self._num_tokens}, the other one "
+                f"{capacity}",
+                "choose fewer, outside what a window has given up",
+            )
         for block in range(-(-num_tokens // BLOCK_ENTRIES)):
             for row, parts in enumerate((self.pool.upper, self.pool.lower)):
                 index = int(self._table[row, block])
@@ -241,7 +243,6 @@ class PlanesCache:
                     continue
                 parts.share(index)
                 other._table[row, block] = index
-        other._num_released = self._num_released
         other._num_tokens = num_tokens
         return other
 
@@ -267,7 +268,9 @@ class PlanesCache:
             parts.give_back(int(self._table[row, block]))
             self._table[row, block] = _NONE
 
-    def _release_old(self) -> None:
+    def release_old(self) -> None:
+        """Give up what no token from here on reads: the lower planes behind the window and a block more, so
+        that drafts can be taken back. Tokens read the same with or without; `truncate` reaches less far."""
         if self.pool.lower is None or self.kv.window is None:
             return
         # By the stored window: a reading's own may be shorter.

@@ -54,10 +54,8 @@ class Decoder:
         self.context_length = context_length(parts.config)
         self._parts = parts
         self.kv = kv
-        if kv is not None:
-            self.kv_layout = planes_layout(
-                kv, parts.config.num_layers, parts.config.num_kv_heads, parts.config.head_dim
-            )
+        shape = (parts.config.num_layers, parts.config.num_kv_heads, parts.config.head_dim)
+        self._kv_layout = None if kv is None else planes_layout(kv, *shape)
         self._rope = Rope(parts.config)
         self._matrices = parts.matrices or tuple(expected_matrices(parts.config))
         self._readings = Readings(self._matrices, parts.min_bits, parts.max_bits, parts.sensitivity)
@@ -132,8 +130,13 @@ class Decoder:
 
         Raises:
             DoesNotFitError: when the system refuses the address space.
+            UsageError: a decoder whose KV cache is of floats.
         """
-        return KvPool(self.kv_layout, num_blocks, num_lower)
+        if self._kv_layout is None:
+            raise UsageError(
+                "a KV cache of floats has no blocks", "load the model with a KV format such as kv=7"
+            )
+        return KvPool(self._kv_layout, num_blocks, num_lower)
 
     def forward(
         self,
