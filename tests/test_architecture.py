@@ -26,8 +26,9 @@ HEIGHT = {
     "planner": 6,
     "tune": 6,
     "server": 7,
-    "cli": 8,
-    "testing": 8,
+    "ray": 8,
+    "cli": 9,
+    "testing": 9,
 }
 SIDEWAYS = {("models", "kvcache"), ("models", "precision")}
 NEVER = {"torch", "transformers", "matplotlib"}

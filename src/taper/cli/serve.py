@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from socket import socket
+from typing import TYPE_CHECKING
 
 import click
 
 from taper.cli.options import FILE_SIZE, model_path, set_threads, threads_option
 from taper.cli.terminal import note
 from taper.errors import UsageError
+
+if TYPE_CHECKING:
+    from taper.server.start import ServeOptions
 
 KEY_VARIABLE = "TAPER_API_KEY"
 _NEEDED = ("starlette", "uvicorn", "msgspec", "prometheus_client", "llguidance")
@@ -42,6 +48,17 @@ _NEEDED = ("starlette", "uvicorn", "msgspec", "prometheus_client", "llguidance")
     show_default=True,
     help="Requests that may wait at a model; the next ones are refused with 429.",
 )
+@click.option(
+    "--ray",
+    "on_ray",
+    is_flag=True,
+    help="Run the models on a Ray cluster: of RAY_ADDRESS, or the one here, or one started for it.",
+)
+@click.option(
+    "--replicas",
+    metavar="N|MIN..MAX",
+    help="With --ray: of each model, a number, or bounds for queue and deadlines to choose in; default: 1.",
+)
 @threads_option
 def command(
     models: tuple[str, ...],
@@ -51,6 +68,8 @@ def command(
     allow_hosts: tuple[str, ...],
     memory: int | None,
     max_queue: int,
+    on_ray: bool,
+    replicas: str | None,
     threads: int | None,
 ) -> None:
     """Serve models (.taper files or Hugging Face folders; default: the one in the package) over HTTP.
@@ -66,18 +85,44 @@ def command(
     options = ServeOptions(host, port, _key(api_key_file), allow_hosts, memory, max_queue)
     check_address(options)
     files = named(models or [str(model_path(None))])
+    if on_ray:
+        _serve_on_ray(files, options, replicas or "1", threads)
+        return
+    if replicas is not None:
+        raise UsageError("--replicas is for Ray", "give --ray, too")
     bound = listen(options)
     set_threads(threads)
     served = open_models(files, options)
     for one in served.values():
         note(one.llm.notice)
+    _announce(files, options, bound)
+    serve(served, options, bound)
+
+
+def _serve_on_ray(
+    files: Mapping[str, Path], options: ServeOptions, replicas: str, threads: int | None
+) -> None:
+    if find_spec("ray") is None:
+        raise UsageError("taper serve --ray needs ray", "pip install 'taper[server,ray]'")
+    from taper.ray.start import Scale, connected, deployed
+    from taper.server.start import listen, run
+
+    scale = Scale.read(replicas, threads)
+    bound = listen(options)
+    with connected(), deployed(files, options, scale) as front:
+        _announce(files, options, bound)
+        run(front, options, bound)
+
+
+def _announce(names: Iterable[str], options: ServeOptions, bound: socket) -> None:
+    """Where it listens, and a request to try."""
+    host = options.host
     url = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
-    click.echo(f"serving {', '.join(served)} at {url} ({'with' if options.key else 'no'} API key)", err=True)
+    click.echo(f"serving {', '.join(names)} at {url} ({'with' if options.key else 'no'} API key)", err=True)
     header = f' -H "Authorization: Bearer ${KEY_VARIABLE}"' if options.key else ""
-    body = f'{{"model": "{next(iter(served))}", "prompt": "Once upon a time"}}'
+    body = f'{{"model": "{next(iter(names))}", "prompt": "Once upon a time"}}'
     curl = f"curl {url}/v1/completions{header} -H 'Content-Type: application/json' -d '{body}'"
     click.echo(curl, err=True)
-    serve(served, options, bound)
 
 
 def _key(path: Path | None) -> str | None:

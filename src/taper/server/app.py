@@ -115,7 +115,7 @@ class Server:
         async def work() -> Response:
             task = await prepare(served, ask, arrived_s)
             if not ask.stream:
-                return _json(await task.reply())
+                return json_response(await task.reply())
             events = task.stream()
             # What is refused in the queue gets a status, so nothing is sent before the first token.
             first = await anext(events)
@@ -126,37 +126,34 @@ class Server:
     def _model(self, name: str) -> Served:
         served = self.models.get(name)
         if served is None:
-            raise ApiError(
-                404,
-                f"model: {name[:100]!r} is not served; there are {', '.join(self.models)}",
-                param="model",
-                code="model_not_found",
-            )
+            raise unknown_model(name, self.models)
         return served
 
     async def list_models(self, request: Request) -> Response:
         """GET /v1/models."""
-        return _json({"object": "list", "data": [served.description() for served in self.models.values()]})
+        return json_response(
+            {"object": "list", "data": [served.description() for served in self.models.values()]}
+        )
 
     async def one_model(self, request: Request) -> Response:
         """GET /v1/models/{name}."""
-        return _json(self._model(request.path_params["name"]).description())
+        return json_response(self._model(request.path_params["name"]).description())
 
     async def health(self, request: Request) -> Response:
         """GET /health."""
-        return _json({"status": "ok"})
+        return json_response({"status": "ok"})
 
     async def ready(self, request: Request) -> Response:
         """GET /ready."""
         if not self.is_ready:
             raise ApiError(503, "the server is stopping", kind="server_error", code="not_ready")
-        return _json({"status": "ready"})
+        return json_response({"status": "ready"})
 
     async def metrics_text(self, request: Request) -> Response:
         """GET /metrics."""
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    def state(self) -> dict[str, Any]:
+    async def state(self) -> dict[str, Any]:
         """What the page shows."""
         return {
             "time": time.time(),
@@ -166,7 +163,7 @@ class Server:
     async def monitor(self, request: Request) -> Response:
         """GET /monitor: once as JSON, or with `?stream=1` for as long as the client reads."""
         if request.query_params.get("stream") != "1":
-            return _json(self.state())
+            return json_response(await self.state())
         if self._num_monitors >= MAX_MONITORS:
             raise ApiError(
                 429, f"{MAX_MONITORS} monitors are open", code="too_many_monitors", retry_after_s=5
@@ -177,7 +174,7 @@ class Server:
         self._num_monitors += 1
         try:
             while self.is_ready:
-                yield event(self.state())
+                yield event(await self.state())
                 await asyncio.sleep(MONITOR_EVERY_S)
         finally:
             self._num_monitors -= 1
@@ -191,7 +188,11 @@ def make_app(models: Mapping[str, Served], *, hosts: Iterable[str], key: str | N
         hosts: that the Host header may name.
         key: that requests must send; None asks for none.
     """
-    server = Server(models)
+    return app_of(Server(models), hosts=hosts, key=key)
+
+
+def app_of(server: Server, *, hosts: Iterable[str], key: str | None = None) -> Starlette:
+    """The ASGI application of a server, which stops with it; `hosts` and `key` as in `make_app`."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -240,6 +241,16 @@ def make_app(models: Mapping[str, Served], *, hosts: Iterable[str], key: str | N
     return app
 
 
+def unknown_model(name: str, models: Iterable[str]) -> ApiError:
+    """404 for a name that is none of the models'."""
+    return ApiError(
+        404,
+        f"model: {name[:100]!r} is not served; there are {', '.join(models)}",
+        param="model",
+        code="model_not_found",
+    )
+
+
 async def _whole(first: bytes, events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     """A stream with its first event; an error in the middle is its last event."""
     try:
@@ -255,7 +266,7 @@ async def _whole(first: bytes, events: AsyncIterator[bytes]) -> AsyncIterator[by
 
 
 async def _openapi(request: Request) -> Response:
-    return _json(description())
+    return json_response(description())
 
 
 async def _page(name: str, request: Request) -> Response:
@@ -269,11 +280,12 @@ async def _http_error(request: Request, error: Exception) -> Response:
     return _error(ApiError(error.status_code, f"{request.method} {request.url.path[:200]}: {error.detail}"))
 
 
-def _json(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """JSON that no browser takes for something else."""
     return Response(
         msgspec.json.encode(content), status, {**_SAFE, **(headers or {})}, media_type="application/json"
     )
 
 
 def _error(error: ApiError) -> Response:
-    return _json(error.body, error.status, error.headers)
+    return json_response(error.body, error.status, error.headers)

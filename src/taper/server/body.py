@@ -26,9 +26,7 @@ def decode(body: bytes, kind: type[R]) -> R:
     Raises:
         ApiError: 400, with the field's path where one is to blame.
     """
-    content = _json(body)
-    if not isinstance(content, dict):
-        raise invalid(None, "the body must be a JSON object")
+    content = read_object(body)
     for name, values in NEUTRAL[kind].items():
         # As JSON text: to Python 0 is False.
         texts = [msgspec.json.encode(value) for value in (None, *values)]
@@ -41,12 +39,16 @@ def decode(body: bytes, kind: type[R]) -> R:
         raise _named(str(error)) from error
 
 
-def _json(body: bytes) -> Any:
+def read_object(body: bytes) -> dict[str, Any]:
+    """The JSON object that a body is. Raises ApiError 400."""
     check_depth(body, limits.MAX_JSON_DEPTH)
     try:
-        return msgspec.json.decode(body)
+        content = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeError, RecursionError, ValueError) as error:
         raise invalid(None, f"the body is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise invalid(None, "the body must be a JSON object")
+    return content
 
 
 def check_depth(body: bytes, most: int) -> None:

@@ -17,7 +17,7 @@ from taper.engine import LLM, load
 from taper.errors import DoesNotFitError, UsageError
 from taper.formats.container import TaperFile
 from taper.server import limits
-from taper.server.app import make_app
+from taper.server.app import Server, app_of
 from taper.server.guard import LOOPBACK_HOSTS
 from taper.server.one_loop import OneLoop
 from taper.server.serving import Loop, Served
@@ -141,9 +141,14 @@ def listen(options: ServeOptions) -> socket.socket:
 
 def serve(models: Mapping[str, Served], options: ServeOptions, bound: socket.socket) -> None:
     """Serve until SIGINT or SIGTERM."""
-    hosts = {*LOOPBACK_HOSTS, options.host.lower(), *options.allow_hosts}
     sys.setswitchinterval(SWITCH_S)
-    DrainingServer(make_app(models, hosts=hosts, key=options.key)).run(sockets=[bound])
+    run(Server(models), options, bound)
+
+
+def run(server: Server, options: ServeOptions, bound: socket.socket) -> None:
+    """Run a server, whatever answers behind it, until SIGINT or SIGTERM."""
+    hosts = {*LOOPBACK_HOSTS, options.host.lower(), *options.allow_hosts}
+    DrainingServer(app_of(server, hosts=hosts, key=options.key)).run(sockets=[bound])
 
 
 class DrainingServer(uvicorn.Server):
