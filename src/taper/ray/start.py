@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Before Ray is imported: it reads them then. Nothing is sent to Ray's makers; load is looked at every second,
+# Before Ray is imported: it reads them then. Nothing is sent to its makers; load is looked at every second,
 # not every ten.
 for _name, _value in {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -21,10 +21,10 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
-from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig  # noqa: E402
-
 import ray  # noqa: E402
 from ray import serve as ray_serve  # noqa: E402
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig  # noqa: E402
+
 from taper.errors import TaperError, UsageError  # noqa: E402
 from taper.ray.front import Engine, Front  # noqa: E402
 from taper.ray.replica import EngineReplica  # noqa: E402
@@ -82,6 +82,8 @@ def connected() -> Iterator[None]:
         ) from error
     finally:
         os.umask(previous)
+    # Serve sets the level of its logger anew; a filter stays.
+    logging.getLogger("ray.serve").addFilter(lambda record: record.levelno >= logging.ERROR)
     try:
         yield
     finally:
