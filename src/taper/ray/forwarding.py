@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from taper.ray.ledger import SILENT_CALLS
 from taper.ray.replica import Item
 from taper.server.body import read_object
 from taper.server.errors import ApiError, invalid
@@ -22,6 +24,7 @@ SILENCE_S = 10.0  # ten heartbeats of a replica: it is gone, stopped, or cut off
 ASSUMED_TOKENS = 256  # of a request that does not say how many it may take
 MIN_LEFT_MS = 1e-3
 MAX_NUMBER = 1e12
+_CALLS = itertools.count()
 
 
 class Lost(Exception):
@@ -106,7 +109,8 @@ class Reading:
     """
 
     def __init__(self, handle: DeploymentHandle, call: Call) -> None:
-        asked = (call.left_s, call.priority, call.tokens)
+        self._call = str(next(_CALLS))
+        asked = (call.left_s, call.priority, call.tokens, self._call)
         self._response = handle.options(stream=True).ask.remote(call.path, call.for_replica(), asked=asked)
         self._is_open = True
 
@@ -126,6 +130,7 @@ class Reading:
             except RayTaskError as error:
                 raise ApiError(500, "the replica failed; its log says why", kind="server_error") from error
             except TimeoutError as error:
+                SILENT_CALLS.add(self._call)
                 raise Lost(f"no word for {SILENCE_S:g} s") from error
             except StopAsyncIteration as error:
                 raise Lost("the reply broke off") from error

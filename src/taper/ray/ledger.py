@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from math import inf
 
 UNROUTED_S = 10.0  # a choice that no replica has taken by then is forgotten: its client has gone
+SUSPECT_S = 10.0  # how long a replica that has kept silent is the last choice; by then Serve has replaced it
 RECENT_S = 15.0  # how long a missed deadline speaks for more replicas
 MAX_PRESSURE = 10.0
+# Calls given up because their replica kept silent, from the front's thread to the routers' in one process.
+SILENT_CALLS: set[str] = set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +23,13 @@ class Asked:
         deadline_s: on this process's monotonic clock; infinite without one.
         priority: larger is served first.
         tokens: most that it may generate, over all its choices.
+        call: of the try at a replica; empty where nobody will ask about it.
     """
 
     deadline_s: float = inf
     priority: int = 0
     tokens: int = 1
+    call: str = ""
 
     def goes_before(self, other: Asked) -> bool:
         """Whether an engine that looks at deadlines serves this one first, or no later."""
@@ -43,6 +48,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self._entries: dict[str, _Entry] = {}
+        self._suspected_until_s: dict[str, float] = {}
 
     def choose(self, request: str, replica: str, asked: Asked, now_s: float) -> None:
         """Note a choice at once: what arrives before the replica has taken the request must see it."""
@@ -54,17 +60,30 @@ class Ledger:
 
     def complete(self, request: str) -> None:
         """The request has ended, in whatever way."""
-        self._entries.pop(request, None)
+        entry = self._entries.pop(request, None)
+        if entry is not None and entry.asked.call in SILENT_CALLS:
+            self._suspect(entry, time.monotonic())
 
     def keep(self, replicas: Iterable[str], now_s: float) -> None:
-        """Forget what was at other replicas, and choices that came to nothing."""
+        """Forget other replicas, and choices that came to nothing; suspect replicas that keep silent."""
         alive = set(replicas)
+        if SILENT_CALLS:
+            for entry in self._entries.values():
+                if entry.asked.call in SILENT_CALLS:
+                    self._suspect(entry, now_s)
+        self._suspected_until_s = {
+            r: s for r, s in self._suspected_until_s.items() if s > now_s and r in alive
+        }
         self._entries = {
             request: entry
             for request, entry in self._entries.items()
             if entry.replica in alive
             and (entry.unrouted_since_s is None or now_s - entry.unrouted_since_s < UNROUTED_S)
         }
+
+    def _suspect(self, entry: _Entry, now_s: float) -> None:
+        self._suspected_until_s[entry.replica] = now_s + SUSPECT_S
+        SILENT_CALLS.discard(entry.asked.call)
 
     def order(self, step_s: Mapping[str, float], asked: Asked) -> list[str]:
         """Replicas by the expected time to the request's last token; where that is equal, by all their work.
@@ -83,9 +102,9 @@ class Ledger:
                 if entry.asked.goes_before(asked):
                     ahead[entry.replica] += entry.asked.tokens
 
-        def cost(replica: str) -> tuple[float, float]:
+        def cost(replica: str) -> tuple[bool, float, float]:
             seconds = step_s[replica] or typical_s
-            return ahead[replica] * seconds, work[replica] * seconds
+            return replica in self._suspected_until_s, ahead[replica] * seconds, work[replica] * seconds
 
         return sorted(step_s, key=cost)
 

@@ -54,15 +54,15 @@ class EngineReplica:
         """The entry in /v1/models, and what the loader had to say."""
         return {"model": self._served.description(), "notice": self._served.llm.notice}
 
-    async def ask(self, path: str, body: bytes, asked: tuple[float, int, int]) -> AsyncIterator[Item]:
+    async def ask(self, path: str, body: bytes, asked: tuple[float, int, int, str]) -> AsyncIterator[Item]:
         """Answer a POST, a piece at a time; at least every second something comes.
 
         Args:
             path: of the route.
             body: JSON.
-            asked: seconds to the deadline, priority, tokens, for the router and the scaling.
+            asked: seconds to the deadline, priority, tokens, number of the call; for router and scaling.
         """
-        left_s, priority, tokens = asked
+        left_s, priority, tokens, _ = asked
         number = self._slack.begin(Asked(time.monotonic() + left_s, priority, tokens))
         status = 0
         try:

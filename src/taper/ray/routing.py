@@ -55,5 +55,5 @@ def _asked(pending_request: PendingRequest) -> Asked:
     asked = pending_request.kwargs.get("asked")
     if asked is None:
         return Asked()
-    left_s, priority, tokens = asked
-    return Asked(time.monotonic() + left_s, priority, tokens)
+    left_s, priority, tokens, call = asked
+    return Asked(time.monotonic() + left_s, priority, tokens, call)

@@ -26,6 +26,7 @@ from ray import serve as ray_serve  # noqa: E402
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig  # noqa: E402
 
 from taper.errors import TaperError, UsageError  # noqa: E402
+from taper.formats.container import TaperFile  # noqa: E402
 from taper.ray.front import Engine, Front  # noqa: E402
 from taper.ray.replica import EngineReplica  # noqa: E402
 from taper.ray.routing import DeadlineRouter  # noqa: E402
@@ -40,7 +41,7 @@ LOOK_BACK_S = 12.0
 UPSCALE_S = 5.0
 DOWNSCALE_S = 120.0
 HEALTH_S = 1.0
-HEALTH_TIMEOUT_S = 10.0
+HEALTH_TIMEOUT_S = 5.0  # Serve replaces a replica after three of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +97,13 @@ def deployed(files: Mapping[str, Path], options: ServeOptions, scale: Scale) -> 
 
     Raises:
         UsageError: the cluster has too few CPUs.
+        ModelNotFoundError, CorruptFileError: a file cannot be read here.
         TaperError: a model did not come up.
     """
     threads = _threads(len(files), scale)
+    for path in files.values():
+        if not path.is_dir():
+            TaperFile.open(path)  # here a refusal says what it always says
     parts = shares(files, options.memory_bytes) if options.memory_bytes is not None else {}
     ray_serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
     there = set(ray_serve.status().applications)
