@@ -7,7 +7,7 @@ NATIVE := CMakeLists.txt pyproject.toml $(shell find cpp -type f)
 CPP    := $(shell find cpp -name '*.cpp' -o -name '*.hpp')
 PROMPT ?= Once upon a time
 
-.PHONY: run test test-arm lint types format bench parity clean
+.PHONY: run test test-arm lint types format bench parity ray clean
 
 run: .venv/run.stamp  ## build, then answer with the embedded model, every token marked with its bits
 	@$(BIN)/taper run --policy progressive --show-bits --max-tokens 120 "$(PROMPT)"
@@ -44,6 +44,10 @@ bench: .venv/run.stamp  ## prefill and decode of the embedded model at several w
 parity: .venv/dev.stamp  ## float logits against transformers, live (installs torch)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group parity
 	$(BIN)/python -m pytest tests/parity -m parity
+
+ray: .venv/dev.stamp  ## taper serve --ray on a local cluster, a replica killed under load (installs Ray)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group ray
+	$(BIN)/python -m pytest tests/ray
 
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -25,7 +25,8 @@ from taper.engine import embedded_model
 
 PATH = "/v1/completions"
 HANG_S = 60.0  # three tries of 10 s of silence, and the answer
-REPLACED_S = 120.0  # Serve's health check must fail three times, then it waits before it kills
+STOPPED_S = 25.0
+REPLACED_S = 60.0
 
 
 @dataclass
@@ -106,6 +107,9 @@ async def kill(server: Server, options: argparse.Namespace, downs: list[float]) 
             await asyncio.sleep(0.02)
         os.kill(working[0], getattr(signal, f"SIG{options.signal}"))
         began = time.perf_counter()
+        if options.signal == "STOP":  # Ray cannot end a stopped process, and its CPU stays taken
+            await asyncio.sleep(STOPPED_S)
+            os.kill(working[0], signal.SIGKILL)
         pids = {working[0]}
         while working[0] in pids or len(pids) < options.replicas:
             await asyncio.sleep(0.1)
