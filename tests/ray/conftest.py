@@ -1,4 +1,4 @@
-"""Models on a local Ray cluster; skipped where the extras `server` and `ray` are not installed."""
+"""Models on a local Ray cluster."""
 
 from __future__ import annotations
 
@@ -6,10 +6,6 @@ import threading
 import time
 
 import pytest
-
-# ray.serve, not ray: without Ray that name may be this folder.
-for name in ("ray.serve", "starlette", "msgspec", "prometheus_client", "httpx", "uvicorn", "llguidance"):
-    pytest.importorskip(name, reason="it needs pip install 'taper[server,ray]' httpx: make ray")
 
 
 @pytest.fixture(scope="session")

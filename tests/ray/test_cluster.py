@@ -9,14 +9,19 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import httpx
 import pytest
 
-from taper.errors import TaperError, UsageError
-from taper.ray.forwarding import ASSUMED_TOKENS, Call
-from taper.ray.merging import merged_metrics, merged_state
-from taper.ray.start import Scale
-from taper.server.errors import ApiError
+# ray.serve, not ray: without Ray that name may be this folder.
+for name in ("ray.serve", "starlette", "msgspec", "prometheus_client", "httpx", "uvicorn", "llguidance"):
+    pytest.importorskip(name, reason="it needs pip install 'taper[server,ray]' httpx: make ray")
+
+import httpx  # noqa: E402
+
+from taper.errors import TaperError, UsageError  # noqa: E402
+from taper.ray.forwarding import ASSUMED_TOKENS, Call  # noqa: E402
+from taper.ray.merging import merged_metrics, merged_state  # noqa: E402
+from taper.ray.start import Scale  # noqa: E402
+from taper.server.errors import ApiError  # noqa: E402
 
 BOUND_S = 40.0
 ASK = {
