@@ -59,6 +59,16 @@ _NEEDED = ("starlette", "uvicorn", "msgspec", "prometheus_client", "llguidance")
     metavar="N|MIN..MAX",
     help="With --ray: of each model, a number, or bounds for queue and deadlines to choose in; default: 1.",
 )
+@click.option(
+    "--max-batch",
+    type=click.IntRange(1, 256),
+    default=32,
+    show_default=True,
+    help="Answers that share a pass.",
+)
+@click.option(
+    "--kv", metavar="FORMAT", help="KV cache: float16, or bits such as 7; default: the file's, else 7."
+)
 @threads_option
 def command(
     models: tuple[str, ...],
@@ -68,6 +78,8 @@ def command(
     allow_hosts: tuple[str, ...],
     memory: int | None,
     max_queue: int,
+    max_batch: int,
+    kv: str | None,
     on_ray: bool,
     replicas: str | None,
     threads: int | None,
@@ -82,7 +94,7 @@ def command(
         raise UsageError(f"taper serve needs {', '.join(missing)}", "pip install 'taper[server]'")
     from taper.server.start import ServeOptions, check_address, listen, named, open_models, serve
 
-    options = ServeOptions(host, port, _key(api_key_file), allow_hosts, memory, max_queue)
+    options = ServeOptions(host, port, _key(api_key_file), allow_hosts, memory, max_queue, max_batch, kv)
     check_address(options)
     files = named(models or [str(model_path(None))])
     if on_ray:

@@ -4,6 +4,7 @@ from taper.kvcache.cache import KEY_BLOCK, KvCache, KvLayer
 from taper.kvcache.format import MAX_KV_BITS, KvPlanes, parse_kv
 from taper.kvcache.planes import BLOCK_ENTRIES, PlanesCache, PlanesLayer, planes_layout
 from taper.kvcache.pool import KvPool
+from taper.kvcache.prefixes import PrefixCache
 from taper.kvcache.random_entries import fill_with_random_entries
 
 AnyCache = KvCache | PlanesCache
@@ -21,6 +22,7 @@ __all__ = [
     "KvPool",
     "PlanesCache",
     "PlanesLayer",
+    "PrefixCache",
     "fill_with_random_entries",
     "parse_kv",
     "planes_layout",

@@ -42,7 +42,14 @@ _HELD_OUT = (
     *((0, p, 256) for p in (32, 64)),
     *((b, p, 64) for b, p in ((2, 8), (6, 48), (16, 64), (28, 96))),
 )
-_ROUNDS = 16
+# What a server measures itself where nobody has calibrated: about a second of a small model.
+_QUICK = (
+    *((b, 0, 64) for b in (1, 4, 8, 16, 24, 32)),
+    *((b, 0, 512) for b in (1, 8)),
+    *((0, p, 0) for p in (16, 64, 128)),
+    *((b, p, 64) for b, p in ((8, 32), (24, 64))),
+)
+_ROUNDS, _QUICK_ROUNDS = 16, 3
 _MAX_SECONDS = 40.0  # after which a large model gets fewer rounds, at least 2
 _MAX_ENTRIES = 1152
 _MAX_CACHE_BYTES = 512 << 20
@@ -86,6 +93,26 @@ def calibrate(
     errors = relative_errors(fit(found[0]), found[1])
     everything = (*found[0], *found[1])
     return Calibration(key, fit(everything), float(errors.mean()), float(errors.max()), everything)
+
+
+def quick_step_time(decoder: Decoder, bits: Sequence[float]) -> FittedStepTime:
+    """Step times from a few passes at each width, for a model that was not calibrated on this machine."""
+    kinds = _kinds(decoder, _QUICK)
+    seconds = _best_seconds(_Bench(decoder), kinds, bits, lambda done, total: None, _QUICK_ROUNDS)
+    return fit([one for kind in kinds for one in _measurements(kind, bits, seconds)])
+
+
+def step_time_of(file: TaperFile, decoder: Decoder) -> FittedStepTime:
+    """The calibration of this model on this machine where `taper plan --calibrate` has left one at the widths
+    that it has; otherwise measured now, quickly."""
+    widths = tuple(float(bits) for bits in range(decoder.min_bits, decoder.max_bits + 1))
+    key = calibration_key(file)
+    path = calibration_path(key)
+    if path.exists():
+        found = load_calibration(path, key).step_time
+        if tuple(found.coefficients) == widths:
+            return found
+    return quick_step_time(decoder, widths)
 
 
 def calibration_key(file: TaperFile) -> str:
@@ -192,7 +219,11 @@ def _kinds(decoder: Decoder, kinds: Sequence[_Kind]) -> list[_Kind]:
 
 
 def _best_seconds(
-    bench: _Bench, kinds: Sequence[_Kind], bits: Sequence[float], progress: Callable[[int, int], None]
+    bench: _Bench,
+    kinds: Sequence[_Kind],
+    bits: Sequence[float],
+    progress: Callable[[int, int], None],
+    rounds: int = _ROUNDS,
 ) -> dict[tuple[_Kind, float], float]:
     """The least time of each pass over rounds through all of them.
 
@@ -202,16 +233,16 @@ def _best_seconds(
     """
     best: dict[tuple[_Kind, float], float] = {}
     end = time.perf_counter() + _MAX_SECONDS
-    for round_number in range(_ROUNDS + 1):
+    for round_number in range(rounds + 1):
         for kind in kinds:
             for width in bits:
                 elapsed = bench.seconds(kind, width)
                 best[kind, width] = (
                     min(elapsed, best.get((kind, width), math.inf)) if round_number else math.inf
                 )
-        progress(round_number, _ROUNDS)
+        progress(round_number, rounds)
         if round_number > 1 and time.perf_counter() > end:
-            progress(_ROUNDS, _ROUNDS)
+            progress(rounds, rounds)
             break
     return best
 

@@ -31,20 +31,16 @@ class EngineReplica:
     Args:
         name: of the model.
         path: of its file, the same on every node.
-        memory_bytes: for its weights and KV caches; None sets no limit.
-        max_waiting: requests in its queue.
+        options: of the command; `memory_bytes` is this model's share.
         threads: of the kernels.
 
     Raises:
         TaperError: what `taper.load` raises.
     """
 
-    def __init__(
-        self, name: str, path: str, memory_bytes: int | None, max_waiting: int, threads: int
-    ) -> None:
+    def __init__(self, name: str, path: str, options: ServeOptions, threads: int) -> None:
         set_num_threads(threads)
         sys.setswitchinterval(SWITCH_S)
-        options = ServeOptions(memory_bytes=memory_bytes, max_waiting=max_waiting)
         models = open_models({name: Path(path)}, options)
         self._app = make_app(models, hosts={HOST})
         self._served = models[name]

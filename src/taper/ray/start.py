@@ -8,7 +8,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,8 @@ def deployed(files: Mapping[str, Path], options: ServeOptions, scale: Scale) -> 
     try:
         targets = []
         for name, path in files.items():
-            arguments = (name, str(path.resolve()), parts.get(name), options.max_waiting, threads)
+            own = replace(options, memory_bytes=parts.get(name), key=None)  # the front checks the key
+            arguments = (name, str(path.resolve()), own, threads)
             application = _deployment(options, scale, threads).bind(*arguments)
             targets.append(ray_serve.RunTarget(application, name=_app(name), route_prefix=None))
         ray_serve.run_many(targets, wait_for_applications_running=False)
