@@ -182,3 +182,11 @@ def test_no_requests_are_no_epochs() -> None:
     result = run_epochs(optimal_batching, TINY_CELL, [])
     assert (result.requests, result.seconds, result.throughput) == (0, 0.0, 0.0)
     assert list(no_batching(Problem((), (1,)))) == []
+
+
+def test_checked_batches_take_the_oldest_that_leave_all_in_time() -> None:
+    three = [request(latency_s=latency) for latency in (2.3, 2.6, 2.6)]
+    result = run_epochs(BATCHINGS["fcfs"], TINY_CELL, three)
+    assert (result.batches, result.met, result.late) == ([1], 1, 0)
+    result = run_epochs(BATCHINGS["fcfs"], TINY_CELL, three[1:])
+    assert (result.batches, result.met, result.late) == ([2], 2, 0)
