@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from math import exp, log2
+from math import ceil, exp, log2
 
 import numpy as np
 import pytest
@@ -85,6 +85,17 @@ def test_least_share_of_the_band() -> None:
     assert 0 < good[0] < faded[0] < BAND
     assert 0 < good[1] < faded[1] < BAND
     assert CELL.problem([request()], 0.0, [0.0]).candidates[0].uses[0] == 2 * BAND
+    up, down = (
+        CELL.node.band_frac(tokens, path_gain_db(100) - 20, is_uplink=tokens == 2) for tokens in (2, 3)
+    )
+    assert faded[:2] == (ceil(up * BAND), ceil(down * BAND))
+
+
+def test_channels_are_drawn_anew_for_each_epoch_by_the_seed() -> None:
+    two = [request(), request()]
+    first, second = run_epochs(no_batching, TINY_CELL, two).problems
+    assert first.candidates[1].uses[0] != second.candidates[0].uses[0]
+    assert run_epochs(no_batching, TINY_CELL, two, seed=1).problems[0].candidates != first.candidates
 
 
 def test_weights_beyond_the_memory_are_a_usage_error() -> None:
@@ -105,9 +116,10 @@ def test_nobody_waits_beyond_hope_and_bandwidth_can_be_too_little() -> None:
     result = run_epochs(no_batching, TINY_CELL, tight)
     assert (result.met, result.late, result.batches) == (1, 0, [1])
     narrow = EdgeCell(TINY, WHOLE, replace(TINY_NODE, uplink_hz=1.0))
-    result = run_epochs(optimal_batching, narrow, [request()])
+    result = run_epochs(optimal_batching, narrow, [request(latency_s=9.0)])
     assert (result.met, result.batches) == (0, [])
-    assert result.seconds == pytest.approx(8.0)  # 8 slots of T_U until the slack is gone
+    assert result.seconds == pytest.approx(7.0)  # 7 slots of T_U until the slack is gone
+    assert run_epochs(no_batching, narrow, [request()]).batches == []
 
 
 def test_inaccurate_precisions_serve_only_the_undemanding() -> None:
