@@ -4,5 +4,5 @@ import sys
 from pathlib import Path
 
 _BENCHMARKS = Path(__file__).resolve().parent.parent.parent / "benchmarks"
-_ROOMS = ("anda", "end_to_end", "llama_cpp", "pmpd", "precision", "quality", "serving")
+_ROOMS = ("anda", "dftsp", "end_to_end", "llama_cpp", "pmpd", "precision", "quality", "serving")
 sys.path += [str(_BENCHMARKS / name) for name in _ROOMS]

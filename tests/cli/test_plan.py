@@ -38,3 +38,40 @@ def test_nothing_to_do_and_widths_that_the_file_lacks_are_usage_errors(
     assert main.execute(["plan"]) == 2
     assert "--calibrate" in capsys.readouterr().err
     assert main.execute(["plan", "--calibrate", "-", "--bits", "9"]) == 2
+
+
+def test_simulate_compares_batchings_of_the_edge_node(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["plan", "--simulate", "bloom-3b", "--rate", "12", "--duration", "8", "--max-latency", "3"]
+    assert main.execute(options) == 0
+    text = capsys.readouterr().out
+    report = json.loads(text.splitlines()[-1])
+    assert report["requests"] >= report["admitted"] > 0
+    assert report["throughput"]["dftsp"] > report["throughput"]["nob"] > 0
+    assert "served a second" in text
+    assert main.execute([*options, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == report
+    assert main.execute([*options, "--json", "--seed", "1"]) == 0
+    assert json.loads(capsys.readouterr().out) != report
+    assert main.execute([*options, "--json", "--quantizer", "gptq-w4a16"]) == 0
+    assert json.loads(capsys.readouterr().out)["admitted"] < report["admitted"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--simulate", "gpt"], "no model 'gpt'"),
+        (["--simulate", "opt-13b", "--quantizer", "q2"], "no quantizer 'q2'"),
+        (["--simulate", "opt-13b", "--rate", "0"], "the rate is 0"),
+        (["--simulate", "opt-13b", "--duration", "0"], "the duration is 0"),
+        (["--simulate", "opt-13b", "--bits", "4"], "--bits does not go with --simulate"),
+        (["--calibrate", "-", "--max-latency", "3"], "--max-latency does not go with --calibrate"),
+        (["--calibrate", "-", "--simulate", "opt-13b"], "exclude each other"),
+    ],
+)
+def test_options_that_cannot_be_right_are_usage_errors(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.execute(["plan", *options]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert "hint:" in err
