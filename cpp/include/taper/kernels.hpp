@@ -25,6 +25,11 @@ struct PlanesView {
 // The high part of a wide value or activation counts this often: 2^shift.
 constexpr int kValueShift = 7;
 constexpr int kInputShift = 8;
+// The largest magnitude of an activation of so many bits. Of 15 it is what both int8 parts reach, 127 * 256 + 127.
+constexpr int largest_activation(int magnitude_bits) {
+  const int all_ones = (1 << magnitude_bits) - 1, of_parts = 127 * ((1 << kInputShift) + 1);
+  return all_ones < of_parts ? all_ones : of_parts;
+}
 
 // Rows of activations as int8, or as two int8 parts, with one scale each.
 struct ActivationsView {
