@@ -94,8 +94,8 @@ def main() -> None:
     print(f"the copy moves {bandwidth / 1e9:.1f} GB/s")
     for name, row in rows.items():
         print(
-            f"{name:22} {row['ms']:7.2f} ms (median {row['median_ms']:6.2f})  {row['of_copy']:5.2f} of a copy  "
-            f"{row['of_bound']:5.2f} of the bound"
+            f"{name:22} {row['ms']:7.2f} ms (median {row['median_ms']:6.2f})  "
+            f"{row['of_copy']:5.2f} of a copy  {row['of_bound']:5.2f} of the bound"
         )
     print(
         json.dumps(
