@@ -9,7 +9,7 @@
 namespace taper {
 
 constexpr int kNarrowMagnitudeBits = 7;  // sign and magnitude fit an int8
-constexpr int kMaxMagnitudeBits = 14;    // 2^14 - 1 = 256 * 64 - 1: both parts fit an int8
+constexpr int kMaxMagnitudeBits = 15;    // of largest_activation both parts fit an int8
 
 // Owns tokens rows of cols int8 (64-byte aligned), as many of low parts where it is wide, and a scale and sums for
 // each.

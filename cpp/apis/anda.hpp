@@ -3,11 +3,9 @@
 
 #include <cstdint>
 
-namespace taper {
+#include "taper/kernels.hpp"
 
-constexpr int64_t kAndaWordValues = 64;
-constexpr int64_t kAndaWordsAtAddress = 16;
-constexpr int kMaxAndaBits = 16;
+namespace taper {
 
 struct AndaShape {
   int64_t rows, values;  // (rows, values)
@@ -20,11 +18,14 @@ struct AndaShape {
   int64_t exponent_bytes() const { return (rows * groups_of_row() + 15) / 16 * 10; }
 };
 
-// words: (addresses, magnitude_bits + 1, 16), exponents: exponent_bytes, both zeroed by the caller.
+// x: (rows, values) of `type`. words: (addresses, magnitude_bits + 1, 16), exponents: exponent_bytes; both are
+// overwritten as a whole, also where the call throws.
 // Throws std::invalid_argument for a shape that the format has not, and for values that are not finite or too large.
-void anda_pack(const float* x, const AndaShape& shape, bool truncate, uint64_t* words, uint8_t* exponents);
+void anda_pack(const void* x, KvType type, const AndaShape& shape, bool truncate, uint64_t* words, uint8_t* exponents);
 
-// x: (rows, values), read at `bits` of the stored magnitude bits.
-void anda_unpack(const uint64_t* words, const uint8_t* exponents, const AndaShape& shape, int bits, float* x);
+// x: (rows, values) of `type`, overwritten: the rows read at `bits` of the stored magnitude bits; float16 is rounded to
+// nearest even.
+void anda_unpack(const uint64_t* words, const uint8_t* exponents, const AndaShape& shape, int bits, KvType type,
+                 void* x);
 
 }  // namespace taper

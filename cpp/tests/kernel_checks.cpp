@@ -31,6 +31,10 @@ void check_quantizers(int64_t n) {
     check_quantize(tiny, magnitude_bits, "subnormal");
     check_quantize(std::vector<float>(n, -0.0f), magnitude_bits, "zeros");
     check_quantize(sprinkle(x, {std::ldexp(1.0f, magnitude_bits) - 0.25f}, n / 2), magnitude_bits, "next power");
+    const float limit = static_cast<float>(largest_activation(magnitude_bits));
+    for (const float largest : {limit, limit + 0.5f, -limit - 0.5f, std::nextafter(limit + 0.5f, 0.0f)}) {
+      check_quantize(sprinkle(x, {largest}, n / 2), magnitude_bits, "limit");
+    }
     check_quantize(sprinkle(x, {3e38f}, n - 1), magnitude_bits, "largest");
     for (const float bad : {kInfinity, -kInfinity, kNan, -kNan}) {
       check_quantize(sprinkle(x, {bad}, 0), magnitude_bits, "not finite first");

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "checks.hpp"
+#include "kernels/reference/half.hpp"
 
 namespace taper::checks {
 namespace {
@@ -111,25 +112,52 @@ void check_attention(const PlanesFormat& format, int64_t heads, int64_t entries,
           });
 }
 
-// Rows into the Anda format and back; every count of values in a word, and what saturates, ties and is zero.
-void check_anda(int magnitude_bits, int64_t count) {
-  const std::vector<float> x = sprinkle(floats(64), {0.0f, -0.0f, 0.5f, 1.5f, 1e-30f, 200.0f}, count);
-  std::vector<float> factors(64), units(64);
-  for (size_t i = 0; i < 64; ++i) {
-    factors[i] = std::ldexp(1.0f, magnitude_bits - 2 - static_cast<int>(i / 16));
-    units[i] = 1.0f / factors[i];
+template <class T>
+std::vector<T> floats_of(const std::vector<float>& x) {
+  if constexpr (std::is_same_v<T, float>) {
+    return x;
+  } else {
+    std::vector<T> halves;
+    for (const float value : x) halves.push_back(reference::to_half(value));
+    return halves;
   }
-  for (const bool truncate : {false, true}) {
-    compare(describe("anda_pack", {{"bits", magnitude_bits}, {"count", count}, {"truncate", truncate}}),
-            [&](const Kernels& k) {
-              std::vector<uint64_t> packed(static_cast<size_t>(magnitude_bits) + 1);
-              k.anda_pack(x.data(), count, factors.data(), magnitude_bits, truncate, packed.data());
-              std::vector<float> back(static_cast<size_t>(count));
-              k.anda_unpack(packed.data(), magnitude_bits, units.data(), count, back.data());
-              std::vector<uint32_t> halves(2 * packed.size());
-              std::memcpy(halves.data(), packed.data(), packed.size() * sizeof(uint64_t));
-              return words(back, halves, std::vector<uint32_t>{k.largest_bits(x.data(), count)});
-            });
+}
+
+// Rows into the Anda format and back, from the middle of an address on: what saturates, ties, is zero or subnormal.
+template <class T>
+void check_anda(int magnitude_bits, int64_t n, int64_t group) {
+  std::vector<float> edges{0.0f, -0.0f, 0.5f, 1.5f, 1e-30f, 65504.0f, -3.9999f, 5.9604645e-8f, -6.2e-5f};
+  const KvType type = std::is_same_v<T, float> ? KvType::f32 : KvType::f16;
+  const AndaRow row{n, group, 13, magnitude_bits, type};
+  for (const float poison : {0.0f, 65520.0f, kInfinity, -kInfinity, kNan}) {
+    if (poison != 0) edges = {poison};
+    const std::vector<T> x = floats_of<T>(sprinkle(floats(n), edges, n / 2));
+    for (const bool truncate : {false, true}) {
+      compare(describe("anda", {{"bits", magnitude_bits}, {"n", n}, {"group", group}, {"truncate", truncate}}),
+              [&](const Kernels& k) {
+                std::vector<uint8_t> exponents(static_cast<size_t>((n + group - 1) / group));
+                const bool is_held = k.anda_exponents(x.data(), row, exponents.data());
+                std::vector<uint32_t> found(exponents.begin(), exponents.end());
+                found.push_back(is_held);
+                if (!is_held) return found;
+                const int64_t last = row.first_word + (n - 1) / kAndaWordValues;
+                std::vector<uint64_t> packed(
+                    static_cast<size_t>((last / kAndaWordsAtAddress + 1) * (magnitude_bits + 1) * kAndaWordsAtAddress),
+                    0xAAAAAAAAAAAAAAAAu);
+                k.anda_pack(x.data(), row, exponents.data(), truncate, packed.data());
+                for (const uint64_t word : packed) {
+                  found.push_back(static_cast<uint32_t>(word));
+                  found.push_back(static_cast<uint32_t>(word >> 32));
+                }
+                for (const int bits : {1, (magnitude_bits + 1) / 2, magnitude_bits}) {
+                  std::vector<T> back(static_cast<size_t>(n));
+                  k.anda_unpack(packed.data(), row, exponents.data(), bits, back.data());
+                  const std::vector<uint32_t> read = words(back);
+                  found.insert(found.end(), read.begin(), read.end());
+                }
+                return found;
+              });
+    }
   }
 }
 
@@ -137,7 +165,12 @@ void check_anda(int magnitude_bits, int64_t count) {
 
 void check_kv_planes() {
   for (int bits = 1; bits <= 16; ++bits) {
-    for (const int64_t count : {1, 15, 16, 17, 33, 48, 63, 64}) check_anda(bits, count);
+    for (const int64_t n : {1, 15, 33, 63, 64, 65, 200, 320}) {
+      for (const int64_t group : {int64_t{1}, int64_t{8}, int64_t{32}, int64_t{64}, int64_t{128}, n}) {
+        check_anda<float>(bits, n, group);
+        check_anda<uint16_t>(bits, n, group);
+      }
+    }
   }
   for (const int64_t dim : {16, 32, 48, 64, 80, 96, 128, 256}) {
     for (int bits = 1; bits <= kMaxPlanesBits; ++bits) {

@@ -53,7 +53,7 @@ void check_widths(int64_t in_features, int64_t tokens) {
   parts.row_scales = scales.data();
   parts.bias = biases.data();
   const PlanedMatrix matrix(parts);
-  for (const int magnitude_bits : {7, 14}) {
+  for (const int magnitude_bits : {kNarrowMagnitudeBits, kMaxMagnitudeBits}) {
     const Activations inputs(tokens, cols, magnitude_bits > kNarrowMagnitudeBits);
     prepare(x.data(), in_features, {false, nullptr, 0.0f}, {nullptr, 1}, magnitude_bits, inputs);
     for (int bits = 1; bits <= kMaxBits; ++bits) {
@@ -88,7 +88,7 @@ void check_outliers(int64_t in_features, int64_t tokens) {
   const Outliers outliers(starts.data(), rows, columns.data(), values.data(), starts.back(), in_features);
   const std::vector<float> x = floats(tokens * in_features);
   const std::vector<int64_t> indices{rows - 1, 0, rows - 1};
-  for (const int magnitude_bits : {7, 14}) {
+  for (const int magnitude_bits : {kNarrowMagnitudeBits, kMaxMagnitudeBits}) {
     compare_threads("outliers of " + std::to_string(in_features) + " columns", [&] {
       const Activations inputs(tokens, padded_cols(in_features), magnitude_bits > kNarrowMagnitudeBits);
       prepare(x.data(), in_features, {false, nullptr, 0.0f}, {nullptr, 1}, magnitude_bits, inputs);

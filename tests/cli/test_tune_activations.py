@@ -48,10 +48,19 @@ def test_dry_run_leaves_the_file_and_json_is_one_object(taper, file, long_text):
     assert file.read_bytes() == before
 
 
+def test_without_a_text_the_model_writes_its_own_and_both_outputs_say_so(taper, file, long_text):
+    plain = taper("tune", file, "--activations", "--max-loss", "50%", "--dry-run")
+    assert plain.status == 0, plain.err
+    assert "tokens of own text" in plain.out
+    record = json.loads(taper("tune", file, "--activations", "--max-loss", "50%", "--dry-run", "--json").out)
+    assert record["texts"] == record["stored"]["evidence"]["texts"] == ["own text"]
+    given = taper("tune", file, "--activations", "--text", long_text, "--max-loss", "50%", "--dry-run")
+    assert "tokens of long.txt" in given.out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--activations"], "--activations needs a text"),
         (["--activations", "--text", "x", "--prompts", "3"], "--prompts does not go with --activations"),
         (["--activations", "--text", "x", "--widths", "4,3"], "takes one whole width"),
         (["--learned", "--text", "x", "--text", "y"], "--learned takes one text, not 2"),

@@ -89,8 +89,8 @@ def test_cuts_batches_and_the_observed_step_agree(plain, choice):
     ("raw", "message"),
     [
         ({"bits": {"head": 7}}, "'head', which is none of"),
-        ({"bits": {"o": 0}}, "activations of o have 0 bits, expected 1..14"),
-        ({"bits": {"o": 15}}, "15 bits"),
+        ({"bits": {"o": 0}}, "activations of o have 0 bits, expected 1..15"),
+        ({"bits": {"o": 16}}, "16 bits, expected 1..15"),
         ({"bits": {"o": True}}, "True bits"),
         ({"bits": {"o": 7.0}}, "7.0 bits"),
         ({"bits": {"o": [7]}}, "bits for 1 of 2 layers"),

@@ -80,8 +80,8 @@ FORGERIES = {
     ),
     "tables as a number": (inside("matrices", lambda m: put(m[0], "tables", 1)), "but the configuration has"),
     "activation bits": (
-        inside("codebook", lambda c: put(c["levels"]["2"], "activation_bits", 15)),
-        "activation_bits of 2 bits 15 is outside 1..14",
+        inside("codebook", lambda c: put(c["levels"]["2"], "activation_bits", 16)),
+        "activation_bits of 2 bits 16 is outside 1..15",
     ),
     "activation bits as text": (
         inside("codebook", lambda c: put(c["levels"]["2"], "activation_bits", "7")),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -58,10 +60,37 @@ def test_rows_of_any_length_and_group(seed, bits, n, group, rounding, num_thread
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("n", [1, 15, 64, 100, 1024])
+@pytest.mark.parametrize("group", [8, 64, 128, None])
+def test_halves_and_memory_used_before(isa, n, group):
+    """What the arrays held before leaves no trace, in the filling neither."""
+    x = rows(n, 3, n).astype(np.float16)
+    expected = anda.pack(anda.quantize(x, 11, group))
+    words, exponents = np.full_like(expected.words, 2**64 - 1), np.full_like(expected.exponents, 255)
+    used = replace(expected, words=words, exponents=exponents)
+    with kernels.use_isa(isa):
+        assert pack_rows(x, 11, group, out=used) is used
+        np.testing.assert_array_equal(used.words, expected.words)
+        np.testing.assert_array_equal(used.exponents, expected.exponents)
+        for dtype in (np.float16, np.float32):
+            back = np.full(x.shape, np.nan, dtype)
+            assert unpack_rows(used, 7, dtype, out=back) is back
+            assert_same_bits(back, anda.dequantize(anda.unpack(expected, 7), dtype))
+
+
+def test_rows_that_lie_apart_are_packed_as_if_they_did_not():
+    x = rows(1, 4, 200).astype(np.float16)[::2, ::2]
+    expected = anda.pack(anda.quantize(x, 7))
+    np.testing.assert_array_equal(pack_rows(x, 7).words, expected.words)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan, 65520.0])
-def test_what_the_format_cannot_hold_is_refused_with_its_row(isa, bad):
-    x = rows(1, 5, 100)
-    x[3, 70] = bad
+def test_what_the_format_cannot_hold_is_refused_with_its_row(isa, bad, dtype):
+    x = rows(1, 5, 100).astype(dtype)
+    with np.errstate(over="ignore"):
+        x[3, 70] = bad
     with kernels.use_isa(isa), pytest.raises(ValueError, match="not finite or beyond 65504 in row 3"):
         pack_rows(x, 7)
 
@@ -81,6 +110,12 @@ def test_wrong_arguments_are_refused():
         unpack_rows(planes, 6)
     with pytest.raises(TypeError, match="float64"):
         unpack_rows(planes, dtype=np.float64)
+    with pytest.raises(ValueError, match=r"out holds .*\(2, 100, 5, 64\), expected \(2, 100, 6, 64\)"):
+        pack_rows(x, 6, out=planes)
+    with pytest.raises(ValueError, match=r"out has shape \(3, 100\), expected \(2, 100\)"):
+        unpack_rows(planes, out=np.empty((3, 100), np.float32))
+    with pytest.raises(TypeError, match="out is float16, expected float32"):
+        unpack_rows(planes, out=np.empty((2, 100), np.float16))
     short = anda.AndaPlanes(planes.words[:0], planes.exponents, 2, 100, 5, 64)
     with pytest.raises(ValueError, match="words has shape"):
         unpack_rows(short)

@@ -54,8 +54,8 @@ def test_array(array, error, message):
     [
         ({"cols": 128}, "cols is 128, expected 64 for rows of 64"),
         ({"cols": 65}, "65 columns, expected a multiple of 64"),
-        ({"magnitude_bits": 15}, "magnitude_bits is 15, expected 1..14"),
-        ({"magnitude_bits": 0}, "magnitude_bits is 0, expected 1..14"),
+        ({"magnitude_bits": 16}, "magnitude_bits is 16, expected 1..15"),
+        ({"magnitude_bits": 0}, "magnitude_bits is 0, expected 1..15"),
         ({"signs": signs(0, 32)}, "signs has 32 elements, expected 64"),
         ({"signs": signs(0, 64), "block": 3}, "rotation block is 3, expected a power of two"),
         ({"signs": signs(0, 64), "block": 128}, "rotation block 128 does not divide 64 features"),

@@ -25,7 +25,7 @@ def made(seed: int = 0) -> tuple[Any, Any, Any]:
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("tokens", [1, 6])
-@pytest.mark.parametrize("magnitude_bits", [7, 14])
+@pytest.mark.parametrize("magnitude_bits", [7, 14, 15])
 def test_product_is_the_oracle_bit_for_bit(tokens: int, threads: int, magnitude_bits: int) -> None:
     # Fails when terms are summed in another order, fused, or when a row without outliers is touched (-0 + 0).
     generator = np.random.default_rng(1)

@@ -157,7 +157,7 @@ def test_every_small_batch(isa, bits):
     st.integers(1, 12),
     st.integers(1, 8),
     st.sampled_from(["narrow", "wide", "tables"]),
-    st.sampled_from([7, 8, 12, 14]),
+    st.sampled_from([7, 8, 12, 14, 15]),
     st.integers(1, 2),
 )
 def test_matmul_of_parts_and_tables(seed, out, width, tokens, bits, kind, magnitude_bits, num_threads):
@@ -176,7 +176,8 @@ def test_matmul_of_parts_and_tables(seed, out, width, tokens, bits, kind, magnit
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("bits", [7, 8])
 @pytest.mark.parametrize("tokens", [1, 2, 7])
-def test_wide_parts_at_their_extremes(isa, bits, tokens):
+@pytest.mark.parametrize(("magnitude_bits", "largest"), [(14, 16383), (15, 32639)])
+def test_wide_parts_at_their_extremes(isa, bits, tokens, magnitude_bits, largest):
     """The largest sums are beyond int32 and float32's integers, and still rounded once."""
     width = 5632
     values = np.linspace(-WIDE, WIDE, 2**bits).astype(np.int16)
@@ -191,12 +192,12 @@ def test_wide_parts_at_their_extremes(isa, bits, tokens):
         None,
         width,
     )
-    rows_of = np.full((tokens, width), 16383, np.float32)
-    rows_of[:, 1] = 16382
-    x = kernels.prepare(rows_of, cols=width, signs=None, block=1, magnitude_bits=14)
+    rows_of = np.full((tokens, width), largest, np.float32)
+    rows_of[:, 1] = largest - 1
+    x = kernels.prepare(rows_of, cols=width, signs=None, block=1, magnitude_bits=magnitude_bits)
     with kernels.use_isa(isa):
         y = planes.matmul(x, bits)
-    whole = WIDE * (16383 * (width - 1) + 16382)
+    whole = WIDE * (largest * (width - 1) + largest - 1)
     np.testing.assert_array_equal(y, np.tile(np.float32([-whole, whole, -WIDE]), (tokens, 1)))
 
 

@@ -35,7 +35,7 @@ def assert_same_activations(got, expected):
 
 
 @settings(max_examples=80, deadline=None)
-@given(seeds, st.integers(1, 4), widths, st.booleans(), st.booleans(), st.integers(1, 14), thread_counts)
+@given(seeds, st.integers(1, 4), widths, st.booleans(), st.booleans(), st.integers(1, 15), thread_counts)
 def test_prepare(seed, tokens, width, with_norm, with_rotation, magnitude_bits, num_threads):
     x = rows_with_specials(seed, tokens, width)
     arguments = {
@@ -54,7 +54,7 @@ def test_prepare(seed, tokens, width, with_norm, with_rotation, magnitude_bits, 
 
 
 @settings(max_examples=40, deadline=None)
-@given(seeds, st.integers(1, 4), widths, st.integers(1, 14))
+@given(seeds, st.integers(1, 4), widths, st.integers(1, 15))
 def test_prepare_swiglu(seed, tokens, width, magnitude_bits):
     gate_up = rows_with_specials(seed, tokens, 2 * width)
     cols, s, block = kernels.padded_cols(width), signs(seed, width), kernels.hadamard_block(width)
@@ -138,7 +138,22 @@ def test_parts_of_a_wide_row(isa):
     assert (made.sum[0], made.low_sum[0]) == (0, -2)
 
 
-@pytest.mark.parametrize("magnitude_bits", [8, 14])
+@pytest.mark.parametrize("isa", ISAS)
+def test_fifteen_bits_end_where_both_parts_do(isa):
+    """127 * 256 + 127; half above it, a tie whose even neighbour is too large, raises the scale."""
+    x = np.zeros((3, 64), np.float32)
+    x[:, 0] = [32639, np.nextafter(np.float32(32639.5), np.float32(0)), 32639.5]
+    x[:, 1] = -x[:, 0]
+    with kernels.use_isa(isa):
+        made = kernels.prepare(x, cols=64, signs=None, block=1, magnitude_bits=15)
+    np.testing.assert_array_equal(made.scale, [1.0, 1.0, 2.0])
+    whole = 256 * made.q[:, :2].astype(np.int32) + made.low[:, :2]
+    np.testing.assert_array_equal(whole, [[32639, -32639], [32639, -32639], [16320, -16320]])
+    np.testing.assert_array_equal(made.q[0, :2], [127, -127])
+    np.testing.assert_array_equal(made.low[0, :2], [127, -127])
+
+
+@pytest.mark.parametrize("magnitude_bits", [8, 15])
 def test_padding_of_wide_rows_is_zero_in_used_memory(magnitude_bits):
     for isa in ISAS:
         with kernels.use_isa(isa):

@@ -59,6 +59,30 @@ def test_the_search_holds_its_limit_on_both_halves_and_names_its_path(model, tex
     assert tested.loss == pytest.approx(np.expm1((found - exact).mean()), abs=1e-9)
 
 
+def test_without_texts_the_first_windows_that_the_model_writes_calibrate(model, monkeypatch):
+    written = {}
+
+    def write(decoder, bits, num_windows, length, begin, progress):
+        rng = np.random.default_rng(3)
+        written.update(windows=rng.integers(5, 60, (num_windows, length)).astype(np.int32), bits=bits)
+        return written["windows"]
+
+    seen = []
+    monkeypatch.setattr(activations, "write_windows", write)
+    monkeypatch.setattr(
+        activations,
+        "window_losses",
+        lambda decoder, windows, bits: seen.append(windows) or np.zeros(len(windows)),
+    )
+    report = tune_activations(model, options((), bits=3, max_evaluations=1, held_out_windows=24))
+    assert written["windows"].shape == (2 + 24, 512)
+    assert written["bits"] == 3
+    np.testing.assert_array_equal(seen[0], written["windows"][:2])
+    np.testing.assert_array_equal(seen[-1], written["windows"][2:])
+    assert report.texts == ("own text",)
+    assert report.num_tokens == (2 * 255, 24 * 255)
+
+
 def held_out_windows(model, texts, count):
     file = TaperFile.open(model)
     from taper.evaluate.protocols import cut
@@ -155,7 +179,6 @@ def test_bands_become_bits_by_layer(model, texts, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"texts": ()}, "no text to calibrate on"),
         ({"search": "x"}, "search 'x' is none of paper, joint"),
         ({"bits": 9}, "9 bits are outside the file's 2..8"),
         ({"held_out_windows": 10**6}, "windows of 512 tokens; 1000002 are needed"),

@@ -25,6 +25,11 @@ struct PlanesView {
 // The high part of a wide value or activation counts this often: 2^shift.
 constexpr int kValueShift = 7;
 constexpr int kInputShift = 8;
+// The largest magnitude of an activation of so many bits. Of 15 it is what both int8 parts reach, 127 * 256 + 127.
+constexpr int largest_activation(int magnitude_bits) {
+  const int all_ones = (1 << magnitude_bits) - 1, of_parts = 127 * ((1 << kInputShift) + 1);
+  return all_ones < of_parts ? all_ones : of_parts;
+}
 
 // Rows of activations as int8, or as two int8 parts, with one scale each.
 struct ActivationsView {
@@ -151,6 +156,27 @@ struct PlanesAttentionArgs {
   PlanesPart next_keys[kChunkBlocks] = {};  // of the chunk that will be asked for next, where upper is not null
 };
 
+// The Anda format (docs/anda.md): value i of a row is bit i % 64 of word first_word + i / 64, counted through all rows.
+// Sixteen words lie side by side at an address; from there on M + 1 addresses hold the signs and the magnitude planes,
+// most significant first.
+constexpr int64_t kAndaWordValues = 64;
+constexpr int64_t kAndaWordsAtAddress = 16;
+constexpr int kMaxAndaBits = 16;
+constexpr int kAndaBias = 15;  // of exponents
+
+struct AndaRow {
+  int64_t values;
+  int64_t group;  // values that share an exponent
+  int64_t first_word;
+  int magnitude_bits;  // stored
+  KvType type;         // of the values, float16 or float32
+
+  // Where the signs of a word are among the words of all rows; planes follow kAndaWordsAtAddress apart.
+  int64_t word(int64_t index) const {
+    return index / kAndaWordsAtAddress * (magnitude_bits + 1) * kAndaWordsAtAddress + index % kAndaWordsAtAddress;
+  }
+};
+
 struct Kernels {
   const char* name;
 
@@ -186,14 +212,11 @@ struct Kernels {
                        const float* cos, const float* sin);
   void (*planes_attention)(const PlanesAttentionArgs&, const AttentionState& out);
 
-  // The Anda format (docs/anda.md), 64 values at a time: the sign word, then magnitude_bits words (1..16), most
-  // significant first; value i at bit i. factors (64): what |x| is multiplied with before it is rounded; units (64):
-  // what one is worth. Values from `count` on are zero, and not written back.
-  void (*anda_pack)(const float* x, int64_t count, const float* factors, int magnitude_bits, bool truncate,
-                    uint64_t* words);
-  void (*anda_unpack)(const uint64_t* words, int magnitude_bits, const float* units, int64_t count, float* x);
-  // The largest magnitude by bits: finite < infinity < NaN.
-  uint32_t (*largest_bits)(const float* x, int64_t n);
+  // The Anda format, a row at a time. The first gives E of each group, and false where the format cannot hold a value:
+  // E is 0 there. Words: those of all rows; the bits past a row's end become zero. `bits`: 1..row.magnitude_bits.
+  bool (*anda_exponents)(const void* x, const AndaRow& row, uint8_t* exponents);
+  void (*anda_pack)(const void* x, const AndaRow& row, const uint8_t* exponents, bool truncate, uint64_t* words);
+  void (*anda_unpack)(const uint64_t* words, const AndaRow& row, const uint8_t* exponents, int bits, void* x);
 };
 
 // Tables by instruction set; null where this build does not contain it.

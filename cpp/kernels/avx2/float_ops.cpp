@@ -2,7 +2,6 @@
 #include "kernels/avx2/avx2.hpp"
 #include "kernels/avx2/ints.hpp"
 #include "kernels/avx2/vec16.hpp"
-#include "kernels/common/anda.hpp"
 #include "kernels/common/attention.hpp"
 #include "kernels/common/lanes.hpp"
 #include "kernels/common/planes_attention.hpp"
@@ -44,16 +43,5 @@ void planes_store(float* qkv, int64_t heads, const PlanesFormat& format, const P
 void planes_attention(const PlanesAttentionArgs& args, const AttentionState& out) {
   lanes::planes_attention<Vec16, Ints>(args, out);
 }
-
-void anda_pack(const float* x, int64_t count, const float* factors, int magnitude_bits, bool truncate,
-               uint64_t* words) {
-  lanes::anda_pack<Vec16>(x, count, factors, magnitude_bits, truncate, words);
-}
-
-void anda_unpack(const uint64_t* words, int magnitude_bits, const float* units, int64_t count, float* x) {
-  lanes::anda_unpack<Vec16>(words, magnitude_bits, units, count, x);
-}
-
-uint32_t largest_bits(const float* x, int64_t n) { return lanes::largest_bits<Vec16>(x, n); }
 
 }  // namespace taper::avx2

@@ -23,9 +23,9 @@ const Kernels* avx2_kernels() {
       avx2::attention_finish,
       avx2::planes_store,
       avx2::planes_attention,
+      avx2::anda_exponents,
       avx2::anda_pack,
       avx2::anda_unpack,
-      avx2::largest_bits,
   };
   return &table;
 }

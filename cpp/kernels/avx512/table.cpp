@@ -24,9 +24,9 @@ const Kernels* avx512_kernels() {
       avx512::attention_finish,
       avx512::planes_store,
       avx512::planes_attention,
+      avx512::anda_exponents,
       avx512::anda_pack,
       avx512::anda_unpack,
-      avx512::largest_bits,
   };
   return &table;
 }

@@ -22,15 +22,17 @@ inline float power_of_two(int e) {
   return x;
 }
 
-// Least e >= kLeastExponent with rint(a * 2^-e) <= 2^bits - 1, for finite a > 0. With a = m * 2^k, 1/2 <= m < 1, the
-// choice e = k - bits gives a value below 2^bits, which rounding can still lift to 2^bits: from 2^bits - 1/2 on, a tie
-// that is even. What is subnormal is below the least
+// Least e >= kLeastExponent with rint(a * 2^-e) <= Q, the largest of so many bits, for finite a > 0. With a = m * 2^k,
+// 1/2 <= m < 1, the choice e = k - bits gives a value below 2^bits, which is too large from Q + 1/2 on, a tie whose
+// even neighbour is above Q: `beyond` of the mantissa's steps below 2^bits. What is subnormal is below the least
 // exponent.
 inline int choose_exponent(float a, int magnitude_bits) {
   uint32_t bits;
   std::memcpy(&bits, &a, sizeof bits);
   const int k = static_cast<int>(bits >> 23) - 126;
-  const bool rounds_up = (bits & 0x7fffffu) >= 0x800000u - (0x800000u >> magnitude_bits);
+  const int halves = 2 * ((1 << magnitude_bits) - largest_activation(magnitude_bits)) - 1;
+  const uint32_t beyond = static_cast<uint32_t>(halves) << (23 - magnitude_bits);
+  const bool rounds_up = (bits & 0x7fffffu) >= 0x800000u - beyond;
   return std::max(kLeastExponent, k - magnitude_bits + (rounds_up ? 1 : 0));
 }
 

@@ -45,15 +45,16 @@ void planes_attention(const PlanesAttentionArgs& args, const AttentionState& out
   lanes::planes_attention<Vec16, Ints>(args, out);
 }
 
-void anda_pack(const float* x, int64_t count, const float* factors, int magnitude_bits, bool truncate,
-               uint64_t* words) {
-  lanes::anda_pack<Vec16>(x, count, factors, magnitude_bits, truncate, words);
+bool anda_exponents(const void* x, const AndaRow& row, uint8_t* exponents) {
+  return lanes::anda_exponents<lanes::BytesWord<Vec16>>(x, row, exponents);
 }
 
-void anda_unpack(const uint64_t* words, int magnitude_bits, const float* units, int64_t count, float* x) {
-  lanes::anda_unpack<Vec16>(words, magnitude_bits, units, count, x);
+void anda_pack(const void* x, const AndaRow& row, const uint8_t* exponents, bool truncate, uint64_t* words) {
+  lanes::anda_pack<lanes::BytesWord<Vec16>>(x, row, exponents, truncate, words);
 }
 
-uint32_t largest_bits(const float* x, int64_t n) { return lanes::largest_bits<Vec16>(x, n); }
+void anda_unpack(const uint64_t* words, const AndaRow& row, const uint8_t* exponents, int bits, void* x) {
+  lanes::anda_unpack<lanes::BytesWord<Vec16>>(words, row, exponents, bits, x);
+}
 
 }  // namespace taper::neon

@@ -21,8 +21,8 @@ void attention_finish(int64_t heads, int64_t head_dim, const AttentionState& sta
 void planes_store(float* qkv, int64_t heads, const PlanesFormat& format, const PlanesBlock& block, int64_t entry,
                   const float* cos, const float* sin);
 void planes_attention(const PlanesAttentionArgs& args, const AttentionState& out);
-void anda_pack(const float* x, int64_t count, const float* factors, int magnitude_bits, bool truncate, uint64_t* words);
-void anda_unpack(const uint64_t* words, int magnitude_bits, const float* units, int64_t count, float* x);
-uint32_t largest_bits(const float* x, int64_t n);
+bool anda_exponents(const void* x, const AndaRow& row, uint8_t* exponents);
+void anda_pack(const void* x, const AndaRow& row, const uint8_t* exponents, bool truncate, uint64_t* words);
+void anda_unpack(const uint64_t* words, const AndaRow& row, const uint8_t* exponents, int bits, void* x);
 
 }  // namespace taper::neon

@@ -42,7 +42,7 @@ inline float32x4_t load_floats(const float* p, int count) {
 }
 
 // Four exact sums as floats. high[i] and low[i] are the sums of the table's and of the low table's values with part i
-// of the activations, high first; what the views lack is not read. A wide sum is below 2^45: exact as a double, and
+// of the activations, high first; what the views lack is not read. A wide sum is below 2^46: exact as a double, and
 // rounded once from there.
 inline float32x4_t join(const PlanesView& w, const ActivationsView& x, const int32x4_t* high, const int32x4_t* low) {
   if (w.low_table == nullptr && x.low == nullptr) return vcvtq_f32_s32(high[0]);

@@ -22,9 +22,9 @@ const Kernels* neon_kernels() {
       neon::attention_finish,
       neon::planes_store,
       neon::planes_attention,
+      neon::anda_exponents,
       neon::anda_pack,
       neon::anda_unpack,
-      neon::largest_bits,
   };
   return &table;
 }

@@ -15,8 +15,8 @@ const Kernels* neon_i8mm_kernels() {
       neon::rope_store,      neon::attention,
       neon::attention_merge, neon::attention_finish,
       neon::planes_store,    neon::planes_attention,
-      neon::anda_pack,       neon::anda_unpack,
-      neon::largest_bits,
+      neon::anda_exponents,  neon::anda_pack,
+      neon::anda_unpack,
   };
   return &table;
 }

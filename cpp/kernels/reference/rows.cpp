@@ -81,7 +81,7 @@ void quantize(const float* x, int64_t n, int64_t cols, int magnitude_bits, const
     *out.scale = finite ? 1.0f : std::nanf("");
     return;
   }
-  const int e = shared_exponent(a, static_cast<float>((1 << magnitude_bits) - 1));
+  const int e = shared_exponent(a, static_cast<float>(largest_activation(magnitude_bits)));
   for (int64_t i = 0; i < n; ++i) {
     const int value = static_cast<int>(std::nearbyint(x[i] * power_of_two(-e)));
     const int high = out.low == nullptr ? value : (value + 128) >> kInputShift;

@@ -20,9 +20,9 @@ const Kernels* reference_kernels() {
       reference::attention_finish,
       reference::planes_store,
       reference::planes_attention,
+      reference::anda_exponents,
       reference::anda_pack,
       reference::anda_unpack,
-      reference::largest_bits,
   };
   return &table;
 }

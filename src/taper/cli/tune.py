@@ -47,7 +47,8 @@ _OBJECTIVES = ("time", "bits", "energy")
     "--text",
     multiple=True,
     metavar="TEXT",
-    help="Generic text for --learned; one or more domains for --activations (.txt, .txt.xz).",
+    help="Generic text for --learned; one or more domains for --activations (.txt, .txt.xz), which without "
+    "any reads what the model writes itself.",
 )
 @click.option("--max-loss", type=SHARE, default="1%", show_default=True, help="Limit of the loss.")
 @click.option(

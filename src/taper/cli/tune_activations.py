@@ -31,22 +31,19 @@ def tune_activations_of(
     Args:
         model: the file.
         given: other options that were given, by parameter name; those of schedules are refused.
-        texts: of one domain each.
+        texts: of one domain each; none, and the model writes its own.
         search: `paper` or `joint`.
         max_loss: limit of the loss.
         dry_run: leave the file as it is.
         as_json: print the record as one JSON object.
 
     Raises:
-        UsageError: no text, or an option that does not belong here; else as
-            `taper.tune.activations.tune_activations`.
+        UsageError: an option that does not belong here; else as `taper.tune.activations.tune_activations`.
     """
     stray = sorted(given.keys() - {"model", "activations", "text", "search", "max_loss", "widths", "dry_run",
                                    "threads", "as_json"})  # fmt: skip
     if stray:
         raise UsageError(f"--{stray[0].replace('_', '-')} does not go with --activations", "leave it out")
-    if not texts:
-        raise UsageError("--activations needs a text", "add --text TEXT, several times for several domains")
     from taper.formats.container import TaperFile
     from taper.tune.activation_spaces import ActivationOptions
     from taper.tune.activations import tune_activations
@@ -105,7 +102,8 @@ def _text(report: ActivationReport, max_loss: float) -> str:
     calibrated, held_out = report.num_tokens
     lines = [
         f"{', '.join(report.names)}; weights at {report.bits} bits; "
-        f"{len(report.result.evaluations)} evaluations{limit} on {calibrated:,} tokens",
+        f"{len(report.result.evaluations)} evaluations{limit} on {calibrated:,} tokens "
+        f"of {' and '.join(report.texts)}",
         table(["best so far", f"loss on {held_out:,} held-out tokens", "95 % bound", "within"], rows),
     ]
     if report.winner is not None and report.saving is not None:

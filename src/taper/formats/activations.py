@@ -9,7 +9,7 @@ from typing import Any
 # Inputs of a layer's matrices, in the order of Anda's tuples (qkv, o, up and gate, down).
 TENSOR_TYPES = ("qkv", "o", "gate_up", "down")
 # Magnitude bits of a row of activations: what two int8 parts hold (docs/numerics.md, "Activations").
-MAX_ACTIVATION_BITS = 14
+MAX_ACTIVATION_BITS = 15
 KV_FLOAT16 = "float16"
 MAX_WIDTH = 8
 _MAX_KV_TEXT = 64

@@ -181,7 +181,7 @@ def planes_attention(
     qkv: Float32, heads: int, blocks: PlanesBlocks, layer: int, position: int, scale: float
 ) -> Float32: ...
 def anda_pack(
-    x: Float32,
+    x: NDArray[np.float16] | Float32,
     group_size: int,
     magnitude_bits: int,
     truncate: bool,
@@ -196,4 +196,5 @@ def anda_unpack(
     group_size: int,
     magnitude_bits: int,
     bits: int,
-) -> Float32: ...
+    out: NDArray[np.float16] | Float32,
+) -> None: ...

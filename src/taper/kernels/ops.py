@@ -91,7 +91,7 @@ def prepare(
         block: width of a rotation block.
         eps: of the RMS norm; None leaves the norm out.
         gain: float32, (n,); None multiplies nothing.
-        magnitude_bits: bits of magnitude of each value: 1..7 for int8, 8..14 for two int8 parts.
+        magnitude_bits: bits of magnitude of each value: 1..7 for int8, 8..15 for two int8 parts.
     """
     return _native.prepare(
         x, cols=cols, signs=signs, block=block, eps=eps, gain=gain, magnitude_bits=magnitude_bits

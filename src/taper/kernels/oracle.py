@@ -126,7 +126,7 @@ def quantize(x: Float32, cols: int, magnitude_bits: int = 7) -> OracleActivation
     tokens, n = x.shape
     q = np.zeros((tokens, cols), np.int32)
     scale = np.ones(tokens, np.float32)
-    limit = 2**magnitude_bits - 1
+    limit = min(2**magnitude_bits - 1, 127 * 257)
     for t in range(tokens):
         a = np.abs(x[t]).max()
         if not np.isfinite(a):

@@ -44,7 +44,8 @@ class ActivationOptions:
     """What a search is asked for.
 
     Attributes:
-        texts: of one domain each; calibration and held-out windows are taken from all of them.
+        texts: of one domain each; calibration and held-out windows are taken from all of them. Without any
+            the model writes as many windows as one text has to hold.
         max_loss: limit of perplexity over the reference's, minus 1.
         bits: width of the weights; None takes 4 or the nearest that the file holds.
         search: `paper` chooses four tensor types by BOPs; `joint` bands of layers and the KV cache by

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from taper.config import ModelConfig
 from taper.errors import UsageError
 from taper.evaluate.divergence import log_likelihoods, log_normalisers
 from taper.evaluate.protocols import cut
@@ -24,9 +23,13 @@ from taper.tokenizer import Tokenizer
 from taper.tune.activation_spaces import REFERENCE_BITS, SEARCHES, ActivationOptions, JointSpace, PaperSpace
 from taper.tune.anda_search import Combination, Evaluation, SearchResult
 from taper.tune.bounds import CONFIDENCE, upper_bound
+from taper.tune.own_text import OWN_TEXT, write_windows
 
 Float64 = NDArray[np.float64]
 Int32 = NDArray[np.int32]
+
+# As long as the windows that texts are cut into.
+OWN_WINDOW_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,7 @@ class ActivationReport:
         saving: of BOPs (`paper`) or of cost (`joint`) against the reference.
         bits: width of the weights.
         num_tokens: scored in calibration and in the test.
+        texts: names of the files that both are from, or `own text`, which the model wrote.
     """
 
     names: tuple[str, ...]
@@ -62,6 +66,7 @@ class ActivationReport:
     saving: float | None
     bits: int
     num_tokens: tuple[int, int]
+    texts: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -78,6 +83,7 @@ class ActivationReport:
             "saving": self.saving,
             "calibration_tokens": self.num_tokens[0],
             "held_out_tokens": self.num_tokens[1],
+            "texts": list(self.texts),
             "stored": None if self.chosen is None else self.chosen.to_dict(),
         }
 
@@ -96,7 +102,7 @@ def tune_activations(
 
     Args:
         model: a `.taper` file.
-        options: see there.
+        options: see there; without texts the model writes its own at 14 bits (`own_text`).
         trace: called with each evaluation of the search.
         progress: called as progress(what, share done).
 
@@ -111,7 +117,7 @@ def tune_activations(
     if options.search not in SEARCHES:
         raise UsageError(f"search {options.search!r} is none of {', '.join(SEARCHES)}")
     bits = _weight_bits(file, options.bits)
-    calibration, held_out = _windows(Tokenizer(file.tokenizer_json), file.config, options)
+    calibration, held_out = _windows(file, bits, options, progress)
     space = SEARCHES[options.search](file, bits, options)
     progress("reference", 0.0)
     losses = _Losses(file, bits, calibration)
@@ -137,7 +143,11 @@ def tune_activations(
         None if winner is None else space.saving(winner.bits),
         bits,
         (len(calibration) * scored, len(held_out) * scored),
+        _names(options),
     )
+
+
+_REFERENCE = ActivationBits(dict.fromkeys(TENSOR_TYPES, REFERENCE_BITS))
 
 
 @dataclass(slots=True)
@@ -150,8 +160,7 @@ class _Losses:
     _reference: Float64 = field(init=False)
 
     def __post_init__(self) -> None:
-        reference = ActivationBits(dict.fromkeys(TENSOR_TYPES, REFERENCE_BITS))
-        self._reference = self._per_window(reference)
+        self._reference = self._per_window(_REFERENCE)
 
     def differences(self, choice: ActivationBits) -> Float64:
         """Of mean negative log-likelihood from the reference's, by window."""
@@ -211,14 +220,26 @@ def _test(
     return tested, winner
 
 
-def _windows(tokenizer: Tokenizer, config: ModelConfig, options: ActivationOptions) -> tuple[Int32, Int32]:
+def _windows(
+    file: TaperFile, bits: int, options: ActivationOptions, progress: Callable[[str, float], None]
+) -> tuple[Int32, Int32]:
     """Calibration from the beginning of each text, held out from its end."""
+    assert file.tokenizer_json is not None
+    tokenizer, config = Tokenizer(file.tokenizer_json), file.config
+    wanted = options.calibration_windows + options.held_out_windows
     if not options.texts:
-        raise UsageError("no text to calibrate on", "give --text TEXT, several times for several domains")
+        tokens = write_windows(
+            Decoder.from_taper(file, activations=_REFERENCE),
+            bits,
+            wanted,
+            min(OWN_WINDOW_TOKENS, context_length(config)),
+            tokenizer.encode(""),
+            lambda done: progress(OWN_TEXT, done),
+        )
+        return tokens[: options.calibration_windows], tokens[options.calibration_windows :]
     calibration, held_out = [], []
     for path in options.texts:
         tokens = cut(read_text(path), tokenizer, context_length(config), "llama.cpp").tokens
-        wanted = options.calibration_windows + options.held_out_windows
         if len(tokens) < wanted:
             raise UsageError(
                 f"{path} has {len(tokens)} windows of {tokens.shape[1]} tokens; {wanted} are needed",
@@ -227,6 +248,10 @@ def _windows(tokenizer: Tokenizer, config: ModelConfig, options: ActivationOptio
         calibration.append(tokens[: options.calibration_windows])
         held_out.append(tokens[len(tokens) - options.held_out_windows :])
     return np.concatenate(calibration), np.concatenate(held_out)
+
+
+def _names(options: ActivationOptions) -> tuple[str, ...]:
+    return tuple(path.name for path in options.texts) or (OWN_TEXT,)
 
 
 def _weight_bits(file: TaperFile, bits: int | None) -> int:
@@ -242,7 +267,7 @@ def _evidence(options: ActivationOptions, bits: int, result: SearchResult, winne
         "search": options.search,
         "max_loss": options.max_loss,
         "weight_bits": bits,
-        "texts": [path.name for path in options.texts],
+        "texts": list(_names(options)),
         "evaluations": len(result.evaluations),
         "held_out_loss": winner.loss,
         "held_out_bound": winner.bound,
