@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -43,6 +44,8 @@ def serving(*options: str, model: str | None = None) -> Iterator[Server]:
             line = process.stderr.readline()
             found = re.search(r"http://127\.0\.0\.1:(\d+)", line)
             assert found, line + process.stderr.read()
+            # A full pipe would stop the server.
+            threading.Thread(target=process.stderr.read, daemon=True).start()
             server = Server(int(found[1]), process)
             try:
                 asyncio.run(_until_up(server))

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from taper.formats.container import TaperFile
-from taper.testing.tiny import tiny_config, tiny_hf_dir
+from taper.testing.tiny import tiny_config, tiny_hf_dir, tiny_taper
 
 
 @pytest.fixture
@@ -173,3 +173,33 @@ def test_errors_of_quantize_and_eval(taper, tmp_path, model, text):
     assert taper("eval", model, "--text", tmp_path / "none.txt").status == 2
     assert taper("eval", model, "--text", text, "--bits", "9").status == 2
     assert taper("eval", tmp_path / "none.taper", "--text", text).status == 3
+
+
+def test_bench_serve_compares_policies_and_replays_a_trace(taper, tmp_path):
+    trace, model = tmp_path / "trace.json", tiny_taper(tmp_path / "t.taper", max_position_embeddings=1024)
+    options = ("--serve", "--policies", "planner,fcfs:4", "--requests", "8", "--loads", "1", "--json")
+    both = taper("bench", model, *options, "--on", "both", "--save-trace", trace)
+    found = json.loads(both.out.splitlines()[-1])
+    assert [(row["where"], row["policy"]) for row in found["rows"]] == [
+        ("engine", "planner"), ("engine", "fcfs:4"), ("simulator", "planner"), ("simulator", "fcfs:4"),
+    ]  # fmt: skip
+    assert all(row["admitted"] + row["refused"] == 8 for row in found["rows"])
+    assert found["verdict"]["engine"]["1"]["best_other"] == "fcfs:4"
+    again = json.loads(taper("bench", model, *options, "--trace", trace).out.splitlines()[-1])
+    assert len(again["rows"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--loads", "2"), "give --serve"),
+        (("--serve", "--bits", "4"), "--serve reads"),
+        (("--serve", "--policies", "best"), "no policy 'best'"),
+        (("--serve", "--policies", "edf"), "requests of up to 656 tokens"),
+        (("--serve", "--trace", "none.json"), "there is no trace"),
+    ],
+)
+def test_bench_serve_refuses(taper, model, options, says):
+    outcome = taper("bench", model, *options)
+    assert outcome.status == 2
+    assert says in outcome.err

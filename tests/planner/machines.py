@@ -9,7 +9,8 @@ from math import inf
 import numpy as np
 
 from taper.engine.schedule import EngineState, SequenceView, Terms
-from taper.planner.simulator import Machine, SimulatedRequest
+from taper.planner.simulator import Machine
+from taper.planner.traces import TracedRequest
 
 WIDTHS = (2.0, 4.0, 8.0)
 
@@ -60,7 +61,7 @@ def state(
     return EngineState(tuple(waiting), tuple(running), WIDTHS, step_time=Linear(), **(values | changes))
 
 
-def random_trace(seed: int, rate: float, count: int = 120) -> list[SimulatedRequest]:
+def random_trace(seed: int, rate: float, count: int = 120) -> list[TracedRequest]:
     generator = np.random.default_rng(seed)
     found, now = [], 0.0
     for _ in range(count):
@@ -73,5 +74,5 @@ def random_trace(seed: int, rate: float, count: int = 120) -> list[SimulatedRequ
             on_miss=generator.choice(["reject", "truncate"]),
         )
         prompt = int(generator.integers(1, 60))
-        found.append(SimulatedRequest(now, prompt, int(generator.integers(1, limit + 1)), limit, terms))
+        found.append(TracedRequest(now, prompt, int(generator.integers(1, limit + 1)), limit, terms))
     return found

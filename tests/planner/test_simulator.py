@@ -9,7 +9,8 @@ from machines import MACHINE, Linear, random_trace
 
 from taper.engine.schedule import EngineState, SequenceView, StepPlan, Terms
 from taper.planner.planner import Planner
-from taper.planner.simulator import InvalidPlanError, SimulatedRequest, simulate
+from taper.planner.simulator import InvalidPlanError, simulate
+from taper.planner.traces import TracedRequest
 
 
 class Scripted:
@@ -37,8 +38,8 @@ def one_by_one(state: EngineState) -> StepPlan:
 
 def test_times_of_two_requests_one_after_the_other() -> None:
     trace = [
-        SimulatedRequest(1.0, 10, 3, 5, Terms(deadline_s=0.0121)),
-        SimulatedRequest(1.0, 10, 1, 5, Terms()),
+        TracedRequest(1.0, 10, 3, 5, Terms(deadline_s=0.0121)),
+        TracedRequest(1.0, 10, 1, 5, Terms()),
     ]
     result = simulate(Scripted(one_by_one), trace, MACHINE)
     prompt = Linear().seconds(4, 0, 10, 55)
@@ -51,8 +52,8 @@ def test_times_of_two_requests_one_after_the_other() -> None:
 
 
 def test_late_below_the_floor_and_refused_requests_do_not_count() -> None:
-    late = SimulatedRequest(0.0, 10, 3, 5, Terms(deadline_s=0.001))
-    low = SimulatedRequest(0.0, 10, 3, 5, Terms(min_bits=8))
+    late = TracedRequest(0.0, 10, 3, 5, Terms(deadline_s=0.001))
+    low = TracedRequest(0.0, 10, 3, 5, Terms(min_bits=8))
     result = simulate(Scripted(one_by_one), [late, low], MACHINE)
     assert (result.met, result.violations, result.floor_violations) == (0, 2, 1)
 
@@ -68,7 +69,7 @@ def test_late_below_the_floor_and_refused_requests_do_not_count() -> None:
     ],
 )
 def test_impossible_plans_are_refused(plan: object, message: str) -> None:
-    trace = [SimulatedRequest(0.0, 10, 3, 5, Terms()) for _ in range(12)]
+    trace = [TracedRequest(0.0, 10, 3, 5, Terms()) for _ in range(12)]
     with pytest.raises(InvalidPlanError, match=message):
         simulate(Scripted(plan), trace, MACHINE)
 
@@ -76,7 +77,7 @@ def test_impossible_plans_are_refused(plan: object, message: str) -> None:
 def test_kv_blocks_run_out() -> None:
     machine = replace(MACHINE, kv_blocks=1)
     with pytest.raises(InvalidPlanError, match="KV blocks"):
-        simulate(Scripted(one_by_one), [SimulatedRequest(0.0, 10, 9, 9, Terms())], machine)
+        simulate(Scripted(one_by_one), [TracedRequest(0.0, 10, 9, 9, Terms())], machine)
 
 
 @pytest.mark.parametrize("rate", [20, 100, 400])

@@ -7,11 +7,13 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from taper import __version__
+from taper.cli import bench_serve
 from taper.cli.options import (
     CountList,
     WidthList,
@@ -118,6 +120,19 @@ class Row:
     "--repeat", type=click.IntRange(1), default=5, show_default=True, help="Repetitions after a warm-up."
 )
 @click.option("--stages", is_flag=True, help="Also say what the time of a pass goes to.")
+@click.option("--serve", is_flag=True, help="Goodput under load instead: requests with deadlines and floors.")
+@click.option("--policies", default="", metavar="LIST", help="With --serve: planner,edf,...; default: all.")
+@click.option("--loads", type=WidthList(), help="With --serve: over saturation; default: 0.5,1,1.5,2,3.")
+@click.option("--requests", type=click.IntRange(1), help="With --serve: of each run; default: 600.")
+@click.option("--seed", type=click.IntRange(0), help="With --serve: of the trace; default: 0.")
+@click.option("--arrivals", type=click.Choice(["poisson", "bursty"]), help="With --serve; default: poisson.")
+@click.option(
+    "--on", type=click.Choice(["engine", "simulator", "both"]), help="With --serve; default: engine."
+)
+@click.option("--trace", type=click.Path(path_type=Path), help="With --serve: run the requests of this file.")
+@click.option(
+    "--save-trace", type=click.Path(path_type=Path), help="With --serve: keep those of the last load."
+)
 @kv_option
 @threads_option
 @json_option
@@ -129,6 +144,15 @@ def command(
     kv: str | None,
     threads: int | None,
     as_json: bool,
+    serve: bool,
+    policies: str,
+    loads: tuple[float, ...] | None,
+    requests: int | None,
+    seed: int | None,
+    arrivals: Literal["poisson", "bursty"] | None,
+    on: str | None,
+    trace: Path | None,
+    save_trace: Path | None,
     **counts: Any,
 ) -> None:
     """Measure MODEL (a .taper file; default: the one in the package) on random tokens.
@@ -140,6 +164,28 @@ def command(
     from taper.models import Decoder
 
     set_threads(threads)
+    serving = (policies or None, loads, requests, seed, arrivals, on, trace, save_trace)
+    if serve:
+        if bits is not None or policy is not None or verify is not None or counts["stages"]:
+            raise UsageError(
+                "--serve reads the widths that its policies choose", "leave --bits and --policy out"
+            )
+        bench_serve.run(
+            model_path(model),
+            tuple(name for name in policies.split(",") if name),
+            loads or bench_serve.LOADS,
+            requests or 600,
+            seed or 0,
+            arrivals or "poisson",
+            on or "engine",
+            trace,
+            save_trace,
+            kv or "7",
+            as_json,
+        )
+        return
+    if any(one is not None for one in serving):
+        raise UsageError("--policies, --loads and their like are of --serve", "give --serve, too")
     file = TaperFile.open(model_path(model))
     note(file.notice())
     decoder = Decoder.from_taper(file, kv=kv)

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from taper.engine.schedule import EngineState, Scheduler, SequenceView, StepPlan, StepTime, Terms
+from taper.engine.schedule import EngineState, Scheduler, SequenceView, StepPlan, StepTime
 from taper.errors import TaperError
+from taper.planner.traces import TracedRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,25 +34,6 @@ class Machine:
     max_batch: int = 32
     max_step_tokens: int = 128
     noise: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class SimulatedRequest:
-    """One arrival of a trace.
-
-    Attributes:
-        arrival_s: seconds from the begin.
-        prompt_tokens: at least 1.
-        output_tokens: that it really generates, 1..max_tokens; the scheduler does not know it.
-        max_tokens: that it may generate.
-        terms: deadline from arrival, floor, what to do on a miss.
-    """
-
-    arrival_s: float
-    prompt_tokens: int
-    output_tokens: int
-    max_tokens: int
-    terms: Terms
 
 
 @dataclass(slots=True)
@@ -131,7 +113,7 @@ class InvalidPlanError(TaperError):
 
 
 def simulate(
-    scheduler: Scheduler, trace: Sequence[SimulatedRequest], machine: Machine, seed: int = 0
+    scheduler: Scheduler, trace: Sequence[TracedRequest], machine: Machine, seed: int = 0
 ) -> SimulationResult:
     """Run a trace to its end.
 
@@ -156,7 +138,7 @@ def simulate(
 
 class _Run:
     def __init__(
-        self, scheduler: Scheduler, trace: Sequence[SimulatedRequest], machine: Machine, seed: int
+        self, scheduler: Scheduler, trace: Sequence[TracedRequest], machine: Machine, seed: int
     ) -> None:
         self._scheduler, self._trace, self._machine = scheduler, trace, machine
         self._generator = np.random.default_rng(seed)

@@ -54,7 +54,7 @@ class BatchLoop:
         self._closed = False
         self._step_s = 0.0
         self._due: deque[bool] = deque(maxlen=_DUE_KEPT)
-        self._num_running = self._num_waiting = 0
+        self._num_running = 0
         self._thread = threading.Thread(target=self._run, name="taper-batch", daemon=True)
         self._thread.start()
 
@@ -77,7 +77,7 @@ class BatchLoop:
     def _check_room(self) -> None:
         if self._closed:
             raise _stopping()
-        if self._num_waiting + len(self._inbox) >= self._max_waiting:
+        if len(self._jobs) - self._num_running >= self._max_waiting:
             raise ApiError(
                 429,
                 f"{self._max_waiting} requests are waiting; that is the most",
@@ -102,7 +102,7 @@ class BatchLoop:
             due = list(self._due)
             return {
                 "num_running": self._num_running,
-                "num_waiting": self._num_waiting + len(self._inbox),
+                "num_waiting": len(self._jobs) - self._num_running,
                 "kv_blocks": batch.kv_blocks,
                 "free_kv_blocks": free,
                 "kv_share": 1 - free / batch.kv_blocks,
@@ -157,7 +157,7 @@ class BatchLoop:
             newest = self._batch.passes_s - before[1]
             self._step_s += (newest - self._step_s) * (_NEWEST if self._step_s else 1)
         with self._changed:
-            self._num_running, self._num_waiting = self._batch.num_running, self._batch.num_waiting
+            self._num_running = self._batch.num_running
             if not (passes or given or self._inbox):
                 self._changed.wait(_RETRY_S)
         for member, output in given:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
+from weakref import WeakKeyDictionary
 
 from taper.engine import Request, StepOutput
 from taper.engine.schedule import Terms
@@ -18,6 +21,46 @@ class Choice:
 
     steps: tuple[StepOutput, ...]
     ended: Ended
+
+
+class Mailbox:
+    """Events from an engine's thread to a running asyncio loop; one wake-up for all that has come.
+
+    A wake-up is a system call that gives the interpreter away: with one for each token of a batch of 32 the
+    engine waited longer for it than it worked.
+    """
+
+    _all: ClassVar[WeakKeyDictionary[asyncio.AbstractEventLoop, Mailbox]] = WeakKeyDictionary()
+
+    def __init__(self) -> None:
+        self._items: deque[tuple[asyncio.Queue[tuple[int, Event]], tuple[int, Event]]] = deque()
+        self._is_woken = False
+
+    @classmethod
+    def here(cls) -> Mailbox:
+        """That of the loop that runs this coroutine."""
+        return cls._all.setdefault(asyncio.get_running_loop(), cls())
+
+    def put(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        queue: asyncio.Queue[tuple[int, Event]],
+        item: tuple[int, Event],
+    ) -> None:
+        """Send an event to a queue of the loop; from any thread."""
+        self._items.append((queue, item))
+        if not self._is_woken:
+            self._is_woken = True
+            try:
+                loop.call_soon_threadsafe(self._deliver)
+            except RuntimeError:  # the server has stopped; nobody reads
+                return
+
+    def _deliver(self) -> None:
+        self._is_woken = False  # first: what comes from here on wakes again
+        while self._items:
+            queue, item = self._items.popleft()
+            queue.put_nowait(item)
 
 
 class Generation:
@@ -39,13 +82,10 @@ class Generation:
 
     def start(self) -> None:
         """Submit all; where one is refused, none stays. Raises what `Loop.submit` raises."""
-        here = asyncio.get_running_loop()
+        here, mailbox = asyncio.get_running_loop(), Mailbox.here()
 
         def forward(index: int, event: Event) -> None:
-            try:
-                here.call_soon_threadsafe(self._events.put_nowait, (index, event))
-            except RuntimeError:  # the server has stopped; nobody reads
-                return
+            mailbox.put(here, self._events, (index, event))
 
         try:
             for index, request in enumerate(self._requests):

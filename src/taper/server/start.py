@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import socket
 import sys
@@ -186,6 +187,8 @@ def serve(models: Mapping[str, Served], options: ServeOptions, bound: socket.soc
 
 def run(server: Server, options: ServeOptions, bound: socket.socket) -> None:
     """Run a server, whatever answers behind it, until SIGINT or SIGTERM."""
+    # Of a client that left it warns at every write but the first five; nobody may be reading them.
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
     hosts = {*LOOPBACK_HOSTS, options.host.lower(), *options.allow_hosts}
     DrainingServer(app_of(server, hosts=hosts, key=options.key)).run(sockets=[bound])
 

@@ -1,9 +1,10 @@
-"""Small reference policies for the simulator: a greedy scheduler, its order, width and admission test."""
+"""Policies to measure the planner against: greedy ones by order, width and admission test; SlackFit."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from math import inf
 
 from taper.engine.schedule import EngineState, Scheduler, SequenceView, StepPlan
@@ -64,6 +65,8 @@ class Greedy:
                 count += not view.is_running
         floor = self.bits or max((view.min_bits for view in members), default=0)
         bits = next(width for width in state.widths if width >= floor)
+        if not members:
+            return StepPlan(refuse=tuple(refuse))
         return StepPlan(bits, tuple(prefill), tuple(view.id for view in decoding), refuse=tuple(refuse))
 
     def _is_late(self, now_s: float, state: EngineState, view: SequenceView) -> bool:
@@ -89,16 +92,72 @@ def _deadline(now_s: float, state: EngineState, view: SequenceView) -> float:
     return view.deadline_s if view.deadline_s < inf else 1e18 + view.arrival_s
 
 
-def policies(widths: tuple[float, ...]) -> dict[str, Callable[[], Scheduler]]:
-    """By name; each makes a fresh one."""
+@dataclass(slots=True)
+class SlackFit:
+    """SuperServe's policy (Khare et al., NSDI 2025, section 4.2) with widths in the place of sub-networks.
+
+    The most urgent request's slack chooses: of the batches in the order of deadlines, the largest, at the
+    largest width whose pass is within the slack's share of one token; the least width where none is. What is
+    late already is turned away.
+    """
+
+    def admit(self, now_s: float, state: EngineState, new: SequenceView) -> str | None:
+        """Refuses floors that no width keeps."""
+        return "floor" if new.min_bits > state.widths[-1] else None
+
+    def observe(self, plan: StepPlan, seconds: float) -> None:
+        """Learns nothing."""
+
+    def schedule(self, now_s: float, state: EngineState) -> StepPlan:
+        """Everybody decodes, prompts fill the rows that are left; then the width."""
+        refuse = tuple((view.id, "late") for view in state.waiting if now_s >= view.deadline_s)
+        late = {number for number, _ in refuse}
+        waiting = sorted(
+            (view for view in state.waiting if view.id not in late), key=lambda view: view.deadline_s
+        )
+        decoding = [view for view in state.running if view.num_generated]
+        todo = [view for view in state.running if not view.num_generated]
+        todo += waiting[: state.max_batch - len(state.running)]
+        rows, prefill, members = state.max_step_tokens - len(decoding), [], list(decoding)
+        for view in todo:
+            if rows > 0:
+                count = min(rows, view.prompt_tokens - view.num_prefilled)
+                prefill.append((view.id, count))
+                members.append(view)
+                rows -= count
+        if not members:
+            return StepPlan(refuse=refuse)
+        pace = min((view.deadline_s - now_s) / (view.max_tokens - view.num_generated + 1) for view in members)
+        floor = max(view.min_bits for view in members)
+        wide = [bits for bits in state.widths if bits >= floor]
+        entries = sum(view.num_prefilled + 1 for view in decoding)
+        unread = sum(count for _, count in prefill)
+        fitting = [
+            bits for bits in wide if state.step_time.seconds(bits, len(decoding), unread, entries) <= pace
+        ]
+        return StepPlan(
+            max(fitting, default=wide[0]),
+            tuple(prefill),
+            tuple(view.id for view in decoding),
+            refuse=refuse,
+        )
+
+
+def baselines(widths: tuple[float, ...]) -> dict[str, Callable[[], Scheduler]]:
+    """By name; each makes a fresh one.
+
+    Args:
+        widths: of the model, rising; FCFS comes once at each.
+    """
     fixed: dict[str, Callable[[], Scheduler]] = {
-        f"fcfs at {bits:g} bits": lambda bits=bits: Greedy(_arrival, bits=bits) for bits in widths
+        f"fcfs:{bits:g}": partial(Greedy, _arrival, bits=bits) for bits in widths
     }
     return fixed | {
         "edf": lambda: Greedy(_deadline, has_admission=True),
-        "least laxity": lambda: Greedy(_laxity, has_admission=True),
-        "shortest first": lambda: Greedy(_work),
-        "shortest first, admission": lambda: Greedy(_work, has_admission=True),
+        "least-laxity": lambda: Greedy(_laxity, has_admission=True),
+        "shortest-first": lambda: Greedy(_work),
+        "shortest-first-admission": lambda: Greedy(_work, has_admission=True),
         "static": lambda: Greedy(_arrival, is_static=True),
-        "token budget": lambda: Greedy(_arrival, chunk_tokens=32),
+        "token-budget": lambda: Greedy(_arrival, chunk_tokens=32),
+        "slackfit": SlackFit,
     }
