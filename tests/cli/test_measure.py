@@ -177,13 +177,13 @@ def test_errors_of_quantize_and_eval(taper, tmp_path, model, text):
 
 def test_bench_serve_compares_policies_and_replays_a_trace(taper, tmp_path):
     trace, model = tmp_path / "trace.json", tiny_taper(tmp_path / "t.taper", max_position_embeddings=1024)
-    options = ("--serve", "--policies", "planner,fcfs:4", "--requests", "8", "--loads", "1", "--json")
+    options = ("--serve", "--policies", "planner,fcfs:4", "--seconds", "0.1", "--loads", "1", "--json")
     both = taper("bench", model, *options, "--on", "both", "--save-trace", trace)
     found = json.loads(both.out.splitlines()[-1])
     assert [(row["where"], row["policy"]) for row in found["rows"]] == [
         ("engine", "planner"), ("engine", "fcfs:4"), ("simulator", "planner"), ("simulator", "fcfs:4"),
     ]  # fmt: skip
-    assert all(row["admitted"] + row["refused"] == 8 for row in found["rows"])
+    assert len({row["admitted"] + row["refused"] for row in found["rows"]}) == 1
     assert found["verdict"]["engine"]["1"]["best_other"] == "fcfs:4"
     again = json.loads(taper("bench", model, *options, "--trace", trace).out.splitlines()[-1])
     assert len(again["rows"]) == 2

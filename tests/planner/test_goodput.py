@@ -88,7 +88,7 @@ def test_what_the_engine_adds_is_found():
 def test_a_stand_measures_and_both_places_run(llm):
     stand = Stand(llm, Linear(), BatchSizes())
     assert stand.saturation > 0
-    traces = {1.0: stand.trace(1.0, 20, 0, "poisson")}
+    traces = {1.0: stand.trace(1.0, 20 / stand.saturation, 0, "poisson")}
     rows = [
         row
         for where in ("engine", "simulator")

@@ -123,7 +123,7 @@ class Row:
 @click.option("--serve", is_flag=True, help="Goodput under load instead: requests with deadlines and floors.")
 @click.option("--policies", default="", metavar="LIST", help="With --serve: planner,edf,...; default: all.")
 @click.option("--loads", type=WidthList(), help="With --serve: over saturation; default: 0.5,1,1.5,2,3.")
-@click.option("--requests", type=click.IntRange(1), help="With --serve: of each run; default: 600.")
+@click.option("--seconds", type=click.FloatRange(0.1, 3600), help="With --serve: of arrivals; default: 20.")
 @click.option("--seed", type=click.IntRange(0), help="With --serve: of the trace; default: 0.")
 @click.option("--arrivals", type=click.Choice(["poisson", "bursty"]), help="With --serve; default: poisson.")
 @click.option(
@@ -147,7 +147,7 @@ def command(
     serve: bool,
     policies: str,
     loads: tuple[float, ...] | None,
-    requests: int | None,
+    seconds: float | None,
     seed: int | None,
     arrivals: Literal["poisson", "bursty"] | None,
     on: str | None,
@@ -164,7 +164,7 @@ def command(
     from taper.models import Decoder
 
     set_threads(threads)
-    serving = (policies or None, loads, requests, seed, arrivals, on, trace, save_trace)
+    serving = (policies or None, loads, seconds, seed, arrivals, on, trace, save_trace)
     if serve:
         if bits is not None or policy is not None or verify is not None or counts["stages"]:
             raise UsageError(
@@ -174,7 +174,7 @@ def command(
             model_path(model),
             tuple(name for name in policies.split(",") if name),
             loads or bench_serve.LOADS,
-            requests or 600,
+            seconds or 20.0,
             seed or 0,
             arrivals or "poisson",
             on or "engine",

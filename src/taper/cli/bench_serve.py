@@ -21,7 +21,7 @@ def run(
     path: Path,
     policies: tuple[str, ...],
     loads: tuple[float, ...],
-    requests: int,
+    seconds: float,
     seed: int,
     arrivals: Arrivals,
     where: str,
@@ -52,7 +52,7 @@ def run(
             f"engine takes {1e6 * host.pass_s:.0f} us and {1e6 * host.row_s:.0f} us a token",
             err=True,
         )
-    traces = {load_: stand.trace(load_, requests, seed, arrivals) for load_ in loads}
+    traces = {load_: stand.trace(load_, seconds, seed, arrivals) for load_ in loads}
     if given is not None:
         traces = {len(given) / max(given[-1].arrival_s, 1e-9) / stand.saturation: given}
     if save_trace_to is not None:

@@ -122,9 +122,11 @@ class Stand:
         )
         return simulate(scheduler, trace, machine)
 
-    def trace(self, load: float, count: int, seed: int, arrivals: Arrivals) -> list[TracedRequest]:
-        """Requests at `load` times saturation; deadlines are reckoned with this machine's times."""
-        return mixed_trace(self.times, self.widths, load * self.saturation, count, seed, arrivals)
+    def trace(self, load: float, seconds: float, seed: int, arrivals: Arrivals) -> list[TracedRequest]:
+        """Requests of about so many seconds at `load` times saturation; deadlines are reckoned with this
+        machine's times."""
+        rate = load * self.saturation
+        return mixed_trace(self.times, self.widths, rate, max(2, round(rate * seconds)), seed, arrivals)
 
     def rows(
         self,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import inf
 
 from taper.engine.schedule import EngineState, SequenceView, StepPlan
+from taper.planner.floor_gate import FloorGate
 from taper.planner.forecast import Demand, OperatingPoint, OutputLengths, PassTimes, operating_point
 from taper.planner.promises import STEADY_ROWS, Members
 
@@ -31,6 +32,7 @@ class _Waiting:
         cost_s: of the machine.
         latest_s: when it must start to make its deadline alone.
         blocks: of the KV cache that it may need.
+        blamed_bits: highest floor among those that it could not join.
     """
 
     view: SequenceView
@@ -38,6 +40,7 @@ class _Waiting:
     cost_s: float
     latest_s: float
     blocks: int
+    blamed_bits: float = 0
 
 
 class Planner:
@@ -48,7 +51,7 @@ class Planner:
     - Bits of a pass: the least that the members' floors allow while anything waits; otherwise the largest at
       which the certificate still holds.
     - Under overload requests are taken in rising order of the machine's seconds that they need, those whose
-      floor is above the operating width last (`operating_point`); otherwise by deadline.
+      floor is above the gate last and only while nothing else runs (`FloorGate`); otherwise by deadline.
     - A request that cannot make it any more is refused at once; so is the end of a long queue.
 
     Replans when a sequence came or went and every 16 passes; otherwise the last plan is repeated. Tests of
@@ -60,7 +63,7 @@ class Planner:
         max_waiting: requests that wait at most; the least valuable beyond it are refused.
     """
 
-    def __init__(self, budget_frac: float = 0.01, max_waiting: int = 64) -> None:
+    def __init__(self, budget_frac: float = 0.01, max_waiting: int = 256) -> None:
         self._budget_frac, self._max_waiting = budget_frac, max_waiting
         self._times, self._lengths = PassTimes(), OutputLengths()
         self._queue: dict[int, _Waiting] = {}
@@ -69,6 +72,7 @@ class Planner:
         self._demands: deque[Demand] = deque(maxlen=_WINDOW)
         self._arrivals = 0
         self._point = OperatingPoint()
+        self._gate = FloorGate()
         self._credit_s = 1e-3
         self._predicted_s = 0.0
         self._running: dict[int, SequenceView] = {}
@@ -91,6 +95,9 @@ class Planner:
         if one.blocks > state.kv_blocks:
             return f"needs {one.blocks} KV blocks, there are {state.kv_blocks}"
         self._note_demand(state, one)
+        typical = max(1, len(self._running))
+        if self._gate.arrived(one.bits, lambda bits: self._times.decode(bits, typical, _TYPICAL_ENTRIES)):
+            self._rank_again()
         if now_s > one.latest_s:
             return "the deadline cannot be met, even alone"
         self._enqueue(one)
@@ -227,6 +234,8 @@ class Planner:
             is_first = False
             self._credit_s -= _NODE_S
             one = self._queue[number]
+            if one.bits > self._gate.bits and members.count:
+                break
             if one.blocks > free:
                 self._failed.add(number)
                 continue
@@ -240,6 +249,7 @@ class Planner:
                 taken.append(view)
             else:
                 self._failed.add(number)
+                one.blamed_bits = max(one.blamed_bits, members.bits)
         return taken, members, len(taken) == len(self._queue)
 
     def _widest(
@@ -277,7 +287,11 @@ class Planner:
         self._arrivals += 1
         if self._arrivals % _EVERY == 0:
             self._point = operating_point(self._demands, state.widths)
-            self._ranked = sorted((self._rank(other), number) for number, other in self._queue.items())
+            self._rank_again()
+
+    def _rank_again(self) -> None:
+        self._ranked = sorted((self._rank(other), number) for number, other in self._queue.items())
+        self._failed.clear()
 
     def _enqueue(self, one: _Waiting) -> None:
         self._queue[one.view.id] = one
@@ -286,8 +300,8 @@ class Planner:
 
     def _rank(self, one: _Waiting) -> tuple[float, ...]:
         if self._point.is_overload:
-            return (-one.view.priority, one.bits > self._point.bits, one.cost_s)
-        return (-one.view.priority, 0, one.view.deadline_s)
+            return (-one.view.priority, one.bits > self._gate.bits, one.cost_s)
+        return (-one.view.priority, one.bits > self._gate.bits, one.view.deadline_s)
 
     def _adopt(self, state: EngineState) -> None:
         """Waiting requests that `admit` did not see, such as preempted ones; forget those that left."""
@@ -312,7 +326,8 @@ class Planner:
             kept = [number for _, number in self._ranked if number in self._queue and number not in gone]
             refused += [(number, "overload: the queue is full") for number in kept[self._max_waiting :]]
         for number, _ in refused:
-            del self._queue[number]
+            one = self._queue.pop(number)
+            self._gate.lost(one.bits, one.blamed_bits)
         if refused:
             self._soonest_s = min((one.latest_s for one in self._queue.values()), default=inf)
         return tuple(refused)
@@ -338,6 +353,7 @@ class Planner:
         for number, view in self._running.items():
             if number not in now and view.num_generated:
                 self._lengths.observe(min(view.max_tokens, view.num_generated + 1), view.max_tokens)
+                self._gate.served(next((w for w in self._widths if w >= view.min_bits), view.min_bits))
         self._running = now
 
 

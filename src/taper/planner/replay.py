@@ -78,6 +78,7 @@ def replay(
     result = SimulationResult(outcomes, passes=engine.num_passes, busy_s=engine.passes_s)
     result.planner_s = engine.planner_s
     result.seconds = max((one.finished_s or 0.0 for one in outcomes), default=0.0) - trace[0].arrival_s
+    result.span_s = trace[-1].arrival_s - trace[0].arrival_s
     for member in members:
         result.bits.update(member.sequence.bits)
     result.floor_violations = sum(
