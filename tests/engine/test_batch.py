@@ -10,6 +10,7 @@ from taper import load
 from taper.engine.batch import BatchEngine, BatchSizes
 from taper.engine.schedule import StepPlan, Terms
 from taper.errors import DoesNotFitError
+from taper.precision import LayerBits
 from taper.testing.tiny import tiny_taper
 
 
@@ -133,6 +134,25 @@ def test_a_policy_gets_its_bits_where_the_plan_has_them(planes):
     assert member.sequence.bits == list(
         planes.engine.generate(request_of(planes, PROMPTS[1], policy="progressive")).bits
     )
+
+
+class ByLayer:
+    name = "by layer"
+
+    def bits(self, step):
+        return LayerBits((6, 3), 5)
+
+
+def test_bits_by_layer_are_read_where_plan_and_bounds_have_room(planes):
+    batch = BatchEngine(planes.engine, Everybody(bits=8), Linear())
+    free, held = (
+        batch.submit(batch.prepare(request_of(planes, PROMPTS[1], policy=ByLayer())), terms)
+        for terms in (Terms(), Terms(max_bits=4))
+    )
+    while batch.has_work:
+        batch.step()
+    assert tokens(free) == alone(planes, request_of(planes, PROMPTS[1], policy=ByLayer()))
+    assert set(held.sequence.bits) == {4}
 
 
 def test_a_prompt_that_was_seen_is_not_read_again(planes):

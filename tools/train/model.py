@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LOSS_CHUNK_TOKENS = 1024
+# Logits of so many tokens at a time: what a core's cache holds, or a GPU's memory has room for.
+LOSS_CHUNK_TOKENS = {"cpu": 1024, "cuda": 16384}
 SHORT_TOKENS = 512
 
 
@@ -115,7 +116,7 @@ class Attention(nn.Module):
         q, k = rotate(heads[:, :rotating], cos, sin).split(
             (config.num_attention_heads, config.num_key_value_heads), dim=1
         )
-        mixed = attend_short(q, k, v, mask) if tokens <= SHORT_TOKENS else attend_long(q, k, v)
+        mixed = attend_short(q, k, v, mask) if len(mask) else attend_long(q, k, v)
         return F.linear(mixed.transpose(1, 2).reshape(batch, tokens, -1), self.o_proj.weight.to(x.dtype))
 
 
@@ -168,8 +169,8 @@ class Backbone(nn.Module):
         """Maps token ids (batch, tokens) to normalised hidden states; products in `dtype`."""
         length = tokens.shape[1]
         cos, sin = self.cos[:length].to(dtype), self.sin[:length].to(dtype)
-        size = length if length <= SHORT_TOKENS else 0
-        mask = torch.full((size, size), float("-inf"), dtype=dtype).triu(1)
+        size = length if length <= SHORT_TOKENS and not tokens.is_cuda else 0
+        mask = torch.full((size, size), float("-inf"), dtype=dtype, device=tokens.device).triu(1)
         x = self.embed_tokens(tokens)
         for layer in self.layers:
             x = layer(x, cos, sin, mask)
@@ -188,14 +189,16 @@ class TiedLoss(torch.autograd.Function):
         """Takes hidden (n, hidden), weight (vocab, hidden) and targets (n,)."""
         h16, w16 = hidden.bfloat16(), weight.bfloat16()
         d_hidden, d_weight = torch.empty_like(h16), torch.zeros_like(weight)
-        total, count = torch.zeros(()), hidden.shape[0]
-        for start in range(0, count, LOSS_CHUNK_TOKENS):
-            part = slice(start, start + LOSS_CHUNK_TOKENS)
+        total, count = torch.zeros((), device=hidden.device), hidden.shape[0]
+        chunk = LOSS_CHUNK_TOKENS[hidden.device.type]
+        for start in range(0, count, chunk):
+            part = slice(start, start + chunk)
             logits = F.linear(h16[part], w16).float()
             index = targets[part, None]
             log_p = torch.log_softmax(logits, dim=-1)
             total -= log_p.gather(1, index).sum()
-            d_logits = log_p.exp_().scatter_add_(1, index, torch.full(index.shape, -1.0)).bfloat16()
+            minus = torch.full(index.shape, -1.0, device=hidden.device)
+            d_logits = log_p.exp_().scatter_add_(1, index, minus).bfloat16()
             torch.mm(d_logits, w16, out=d_hidden[part])
             d_weight += torch.mm(d_logits.t(), h16[part])
         ctx.save_for_backward(d_hidden, d_weight)

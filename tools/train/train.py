@@ -1,4 +1,4 @@
-"""Train the embedded model on the CPU, to a wall-clock deadline.
+"""Train the reference models on the CPU or a GPU, to a wall-clock deadline.
 
 The learning rate follows warm-up, stable and decay-to-zero phases. The phase
 is a function of training time: time spent in steps so far over that plus the
@@ -31,7 +31,8 @@ from torch import Tensor
 
 BUCKETS = ("stories", "fiction", "expository", "dialogue")
 PAUSE_FACTOR = 5.0
-RESERVE_SECONDS = 45.0
+# Before the deadline, for the last validation and the checkpoint.
+RESERVE_SECONDS = {"cpu": 45.0, "cuda": 12.0}
 WARMUP_STEPS = 200
 SEED = 20
 
@@ -107,6 +108,7 @@ class Clock:
     """Training time in seconds; a step counts for at most five median steps."""
 
     deadline: float
+    reserve: float
     active: float = 0.0
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=101))
 
@@ -117,7 +119,7 @@ class Clock:
 
     def progress(self) -> float:
         """Returns the fraction of the planned run that is done, 0 to 1."""
-        left = max(0.0, self.deadline - RESERVE_SECONDS - time.time())
+        left = max(0.0, self.deadline - self.reserve - time.time())
         return self.active / (self.active + left) if self.active + left > 0 else 1.0
 
 
@@ -142,7 +144,7 @@ def rate(progress: float, step: int, decay: float) -> float:
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Reads what `write_checkpoint` or grow.py wrote."""
     try:
-        state: dict[str, Any] = torch.load(path, weights_only=True)
+        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
     except (OSError, RuntimeError) as error:
         fail(f"cannot read {path.name}: {error}")
     return state
@@ -179,14 +181,18 @@ class Trainer:
         self.options = options
         torch.manual_seed(SEED)
         torch.set_num_threads(1)
-        # One single-threaded pass per core: cheaper than splitting every operator over the cores.
-        self.workers = ThreadPoolExecutor(options.workers, initializer=torch.set_num_threads, initargs=(1,))
+        self.device = torch.device(options.device)
+        # One single-threaded pass per core: cheaper than splitting every operator over the cores. A GPU takes
+        # one pass after the other.
+        workers = options.workers if options.device == "cpu" else 1
+        self.workers = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
         source = options.work / "checkpoint.pt" if options.resume else options.initial
         initial = None if source is None else read_checkpoint(source)
         self.config = sizes(options) if initial is None else ModelConfig(**initial["config"])
         self.model = LanguageModel(self.config)
         if initial is not None:
             self.model.load_state_dict(initial["model"])
+        self.model.to(self.device)
         self.backbone = (
             torch.compile(self.model.model, dynamic=False) if options.compile else self.model.model
         )
@@ -203,7 +209,8 @@ class Trainer:
             others, lr=options.adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
         )
         self.data = Mixture(options.work)
-        self.clock = Clock(parse_finish(options.finish_at))
+        finish = parse_finish(options.finish_at) if options.finish_at else time.time() + options.seconds
+        self.clock = Clock(finish, RESERVE_SECONDS[options.device])
         self.step, self.tokens, self.history = 0, 0, []
         self.stopping, self.shapes = False, set()
 
@@ -245,7 +252,9 @@ class Trainer:
     def train_step(self) -> tuple[float, float]:
         """Runs one optimiser step; returns the loss (nats) and the gradient norm."""
         factor, weights, length = self.plan()
-        inputs, targets = self.data.batch(weights, self.options.batch, length)
+        inputs, targets = (
+            part.to(self.device) for part in self.data.batch(weights, self.options.batch, length)
+        )
         loss = self.accumulate(inputs, targets)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimiser, base in ((self.muon, self.options.muon_lr), (self.adam, self.options.adam_lr)):
@@ -284,7 +293,7 @@ class Trainer:
         for name in ("stories-valid", "valid"):
             tokens = torch.from_numpy(
                 np.load(self.options.work / f"heldout-{name}.npy")[: 32 * 512 + 1].astype(np.int64)
-            )
+            ).to(self.device)
             results[name] = float(
                 self.loss(self.model.model, tokens[:-1].view(32, 512), tokens[1:].view(32, 512))
             )
@@ -352,9 +361,10 @@ def parse() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work", type=Path, required=True, help="directory written by prepare.py")
-    parser.add_argument(
-        "--finish-at", required=True, metavar="HH:MM", help="UTC time by which all is written"
-    )
+    finish = parser.add_mutually_exclusive_group(required=True)
+    finish.add_argument("--finish-at", metavar="HH:MM", help="UTC time by which all is written")
+    finish.add_argument("--seconds", type=float, help="from now, by which all is written")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=256, help="a multiple of 256")
     parser.add_argument(

@@ -319,9 +319,8 @@ class BatchEngine:
         """Of a member's next pass: no more than its policy wants and its client allows, no less than its
         floor."""
         wish = self._wish(member)
-        high = member.view.max_bits
-        bits = min(max(planned, member.low), high)
-        return wish if isinstance(wish, LayerBits) and bits >= high > member.low else bits
+        bits = min(max(planned, member.low), member.view.max_bits)
+        return wish if isinstance(wish, LayerBits) and member.low <= _peak(wish) <= bits else bits
 
     def _wish(self, member: Member) -> Bits:
         """What the policy wants; keeps the member's `max_bits` at it, within the client's bounds."""
@@ -346,8 +345,7 @@ class BatchEngine:
             kv,
         )
         wish = policy.bits(context)
-        whole = max(*wish.layers, wish.head) if isinstance(wish, LayerBits) else wish
-        wanted = self._admission.readable(policy, whole)
+        wanted = self._admission.readable(policy, _peak(wish))
         view.max_bits = max(view.min_bits, min(wanted, member.terms.max_bits))
         return wish
 
@@ -512,3 +510,8 @@ class BatchEngine:
     @staticmethod
     def _blocks(tokens: int) -> int:
         return -(-tokens // BLOCK_TOKENS)
+
+
+def _peak(bits: Bits) -> float:
+    """The most bits that a layer gets."""
+    return max(*bits.layers, bits.head) if isinstance(bits, LayerBits) else bits

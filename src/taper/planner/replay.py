@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 import numpy as np
 
@@ -43,7 +44,8 @@ class EndsAfter:
 def replay(
     llm: LLM, scheduler: Scheduler, step_time: StepTime, trace: Sequence[TracedRequest], sizes: BatchSizes
 ) -> SimulationResult:
-    """Run a trace on a fresh engine, each request when its time has come. Prompts are random tokens.
+    """Run a trace on a fresh engine, each request when its time has come. Prompts are random tokens. It ends
+    with the last deadline at the latest; what runs then was late.
 
     Args:
         llm: with a KV cache of planes.
@@ -64,8 +66,11 @@ def replay(
         sequence.sampler = EndsAfter(sequence.sampler, one.output_tokens, end, end + 1)  # type: ignore[assignment]
         prepared.append(sequence)
     members: list[Member] = []
+    last_s = max(one.arrival_s + one.terms.deadline_s for one in trace)
     begin = time.monotonic()
     while len(members) < len(trace) or engine.has_work:
+        if time.monotonic() - begin > last_s:
+            break  # nothing that is left can count
         now = time.monotonic() - begin
         while len(members) < len(trace) and trace[len(members)].arrival_s <= now:
             one = trace[len(members)]
@@ -74,6 +79,8 @@ def replay(
             engine.step()
         elif len(members) < len(trace):
             time.sleep(max(0.0, trace[len(members)].arrival_s - (time.monotonic() - begin)))
+    for member in members:
+        engine.cancel(member)
     outcomes = [_outcome(member, one, begin) for member, one in zip(members, trace, strict=True)]
     result = SimulationResult(outcomes, passes=engine.num_passes, busy_s=engine.passes_s)
     result.planner_s = engine.planner_s
@@ -90,8 +97,10 @@ def replay(
 
 def _outcome(member: Member, one: TracedRequest, begin: float) -> Outcome:
     bits, terms = member.sequence.bits, member.terms
-    if member.started_s is None or member.finished_s is None:
+    if member.started_s is None:
         return Outcome(reason=member.refused or str(member.error or "not served"))
+    if member.finished_s is None:
+        return Outcome(reason=str(member.error or "too late"), min_bits=min(bits, default=inf), started=True)
     finished = member.finished_s - begin
     deadline = one.arrival_s + terms.deadline_s
     is_whole = len(bits) >= one.output_tokens or terms.on_miss == "truncate"
