@@ -86,7 +86,7 @@ def calibrate(
         progress: called with the rounds that are done and those in all.
     """
     fitted, held_out = _kinds(decoder, _FITTED), _kinds(decoder, _HELD_OUT)
-    seconds = _best_seconds(_Bench(decoder), (*fitted, *held_out), bits, progress)
+    seconds = _best_seconds(_Bench(decoder), (*fitted, *held_out), bits, progress, _ROUNDS)
     found = [
         [one for kind in kinds for one in _measurements(kind, bits, seconds)] for kinds in (fitted, held_out)
     ]
@@ -223,7 +223,7 @@ def _best_seconds(
     kinds: Sequence[_Kind],
     bits: Sequence[float],
     progress: Callable[[int, int], None],
-    rounds: int = _ROUNDS,
+    rounds: int,
 ) -> dict[tuple[_Kind, float], float]:
     """The least time of each pass over rounds through all of them.
 
