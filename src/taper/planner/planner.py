@@ -14,9 +14,13 @@ from taper.planner.promises import STEADY_ROWS, Members
 
 # Arrivals that the forecast looks back on, and how often it does.
 _WINDOW, _EVERY = 128, 32
-# Seconds of thinking that one admission test counts for against the budget (8 us measured with 16 members),
-# and a look at the state. Counted, not measured: plans depend on states and times alone.
-_NODE_S, _PLAN_S = 10e-6, 20e-6
+# Seconds of thinking that count against the budget: an arrival, a pass, a plan and each member of it, a test of
+# a candidate, as measured on Zen 4. Counted, not measured as it runs: plans depend on states and times alone.
+_ARRIVAL_S, _PASS_S, _PLAN_S, _MEMBER_S, _TEST_S = 15e-6, 8e-6, 25e-6, 1.5e-6, 8e-6
+# A plan that has begun goes on into the red: it costs as much as ten tests, which one candidate does not repay.
+# And news waits for a few passes at most: with fewer members passes are shorter, and so is the budget; on passes
+# of 1 ms it never came back (71 instead of 165 requests/s).
+_OVERDRAFT_S, _LEAST_TESTS, _PATIENCE_PASSES = -50e-6, 8, 3
 # Entries that a token is taken to see, and sequences that share a pass, in the cost of a request.
 _TYPICAL_ENTRIES = 128
 # Passes after which the width is looked at again although nobody came or went.
@@ -83,12 +87,15 @@ class Planner:
         self._prompt_rows = 0
         self._floors: dict[float, float] = {}
         self._widths: tuple[float, ...] = ()
+        self._repeated: StepPlan | None = None  # the last plan, where all that ran in it goes on decoding
+        self._context = 0
         # Candidates that failed a test since a sequence ended: the test can only have become harder.
         self._failed: set[int] = set()
 
     def admit(self, now_s: float, state: EngineState, new: SequenceView) -> str | None:
         """Why a new request is refused at once; None where it may wait."""
         self._times.use(state.step_time)
+        self._credit_s -= _ARRIVAL_S
         if new.min_bits > state.widths[-1]:
             return f"no width of {new.min_bits:g} bits; the largest now is {state.widths[-1]:g}"
         one = self._waiting(state, new)
@@ -110,6 +117,7 @@ class Planner:
         if state.widths is not self._widths and state.widths != self._widths:
             self._widths = state.widths
             self._floors.clear()
+            self._repeated = None
         self._adopt(state)
         refuse = self._refusals(now_s)
         finish = self._cut(now_s, state)
@@ -118,12 +126,16 @@ class Planner:
             self._learn_lengths(state.running)
             self._failed.clear()
             self._has_news = True
+            self._repeated = None
+        self._quiet_passes += 1
+        is_due = self._has_news or self._quiet_passes >= _REVIEW_PASSES
+        can_plan = self._credit_s > 0 or self._quiet_passes >= _PATIENCE_PASSES or not running
+        replans = is_due and can_plan
+        if self._repeated is not None and not (replans or refuse):
+            return self._repeat(state, self._repeated)
         decoding = [v for v in running if v.num_generated and v.num_prefilled >= v.prompt_tokens]
         is_prefilling = len(decoding) < len(running)
-        self._quiet_passes += 1
-        taken: list[SequenceView] = []
-        if (self._has_news or self._quiet_passes >= _REVIEW_PASSES) and (self._credit_s > 0 or not running):
-            taken = self._replan(now_s, state, running, len(decoding))
+        taken = self._replan(now_s, state, running, len(decoding)) if replans else []
         prefill = self._prompts(state, running, len(decoding), taken) if taken or is_prefilling else ()
         bits = max(self._raised_bits, self._floor_bits)
         if running and bits < (floor := max([view.min_bits for view in running])):
@@ -133,7 +145,7 @@ class Planner:
     def observe(self, plan: StepPlan, seconds: float) -> None:
         """Learn from the time that a pass took."""
         self._times.residuals.observe(plan.bits, self._predicted_s, seconds)
-        self._credit_s = min(self._credit_s + self._budget_frac * seconds, 2e-3)
+        self._credit_s = min(self._credit_s + self._budget_frac * seconds - _PASS_S, 2e-3)
 
     def _replan(
         self, now_s: float, state: EngineState, running: list[SequenceView], decoding: int
@@ -141,10 +153,10 @@ class Planner:
         """Decide who starts, how many rows prompts get and the bits, until there is news."""
         if self._quiet_passes >= _REVIEW_PASSES:
             self._failed.clear()
-        self._credit_s -= _PLAN_S
+        self._credit_s -= _PLAN_S + _MEMBER_S * len(running)
         self._quiet_passes = 0
         members = self._members(now_s, state, running)
-        taken, members, is_all = self._take(now_s, state, running, members)
+        taken, is_all = self._take(now_s, state, running, members)
         self._floor_bits = members.bits
         is_calm = is_all and not self._point.is_overload and members.count < 0.7 * state.max_batch
         self._raised_bits = self._widest(state, members, running, taken) if is_calm else 0.0
@@ -184,23 +196,33 @@ class Planner:
         finish: tuple[int, ...],
     ) -> StepPlan:
         """Put the pass together, and note what it should take."""
-        context = sum(_entries(view) for view in decoding) + len(decoding)
+        context = sum([view.num_prefilled for view in decoding]) + len(decoding)
         unread = 0
         for view, count in prefill:
             unread += count
             context += count * view.num_prefilled + count * (count + 1) // 2
+        self._context = context
         self._predicted_s = state.step_time.seconds(bits, len(decoding), unread, context)
         self._expected_count = len(running) + sum(not view.is_running for view, _ in prefill)
-        return StepPlan(
+        plan = StepPlan(
             bits=bits if decoding or prefill else 0,
-            prefill=tuple((view.id, count) for view, count in prefill),
-            decode=tuple(view.id for view in decoding),
+            prefill=tuple([(view.id, count) for view, count in prefill]),
+            decode=tuple([view.id for view in decoding]),
             refuse=refuse,
             finish=finish,
         )
+        self._repeated = plan if decoding and not (prefill or refuse or finish) else None
+        return plan
+
+    def _repeat(self, state: EngineState, plan: StepPlan) -> StepPlan:
+        """The same pass again, one entry on."""
+        rows = len(plan.decode)
+        self._context += rows
+        self._predicted_s = state.step_time.seconds(plan.bits, rows, 0, self._context)
+        return plan
 
     def _members(self, now_s: float, state: EngineState, running: list[SequenceView]) -> Members:
-        entries = sum([view.num_prefilled + view.num_generated for view in running])
+        entries = sum([view.num_prefilled for view in running])
         members = Members(self._times, state.widths[0], entries // max(1, len(running)) + 24)
         floors = self._floors
         for view in running:
@@ -215,24 +237,25 @@ class Planner:
 
     def _take(
         self, now_s: float, state: EngineState, running: list[SequenceView], members: Members
-    ) -> tuple[list[SequenceView], Members, bool]:
-        """Waiting requests to start, the members with them, and whether all that wait were taken."""
+    ) -> tuple[list[SequenceView], bool]:
+        """Waiting requests to start, who join `members`, and whether all that wait were taken."""
         taken: list[SequenceView] = []
         limit = min(state.max_batch, state.max_step_tokens - 1)
         free = state.kv_blocks - sum(_blocks(state, view) for view in running)
         self._has_news = False
-        self._ranked = [ranked for ranked in self._ranked if ranked[1] in self._queue]
-        is_first = True
+        tested = 0
+        if len(self._ranked) > len(self._queue) + 16:
+            self._ranked = [ranked for ranked in self._ranked if ranked[1] in self._queue]
         for _, number in self._ranked:
-            if number in self._failed:
+            if number in self._failed or number not in self._queue:
                 continue
             if members.count >= limit:
                 break
-            if self._credit_s <= 0 and not is_first:
+            if self._credit_s <= _OVERDRAFT_S and tested >= _LEAST_TESTS and members.count:
                 self._has_news = True  # the rest is tested in later passes
                 break
-            is_first = False
-            self._credit_s -= _NODE_S
+            tested += 1
+            self._credit_s -= _TEST_S
             one = self._queue[number]
             if one.bits > self._gate.bits and members.count:
                 break
@@ -240,17 +263,14 @@ class Planner:
                 self._failed.add(number)
                 continue
             view = one.view
-            more = members.with_one(self._left(view), _left_s(now_s, view), _unread(view), one.bits)
-            if view.on_miss == "truncate":
-                more.first_s = min(more.first_s, view.deadline_s - now_s)
-            if more.holds(more.bits):
-                members = more
+            first_s = view.deadline_s - now_s if view.on_miss == "truncate" else inf
+            if members.take(self._left(view), _left_s(now_s, view), _unread(view), one.bits, first_s):
                 free -= one.blocks
                 taken.append(view)
             else:
                 self._failed.add(number)
                 one.blamed_bits = max(one.blamed_bits, members.bits)
-        return taken, members, len(taken) == len(self._queue)
+        return taken, len(taken) == len(self._queue)
 
     def _widest(
         self, state: EngineState, members: Members, running: list[SequenceView], taken: list[SequenceView]
@@ -279,14 +299,11 @@ class Planner:
         return _Waiting(view, bits, cost, view.deadline_s - alone, _blocks(state, view))
 
     def _note_demand(self, state: EngineState, one: _Waiting) -> None:
-        own = self._times.decode(one.bits, 24, _TYPICAL_ENTRIES)
-        costs = {
-            bits: one.cost_s * self._times.decode(bits, 24, _TYPICAL_ENTRIES) / own for bits in state.widths
-        }
-        self._demands.append(Demand(one.bits, one.view.arrival_s, costs))
+        self._demands.append(Demand(one.bits, one.view.arrival_s, one.cost_s))
         self._arrivals += 1
         if self._arrivals % _EVERY == 0:
-            self._point = operating_point(self._demands, state.widths)
+            pass_s = {bits: self._times.decode(bits, 24, _TYPICAL_ENTRIES) for bits in state.widths}
+            self._point = operating_point([one for one in self._demands if one.bits in pass_s], pass_s)
             self._rank_again()
 
     def _rank_again(self) -> None:
@@ -312,7 +329,8 @@ class Planner:
             del self._queue[number]
         for view in state.waiting:
             if view.id not in self._queue:
-                self._enqueue(self._waiting(state, view))
+                self._queue[view.id] = self._waiting(state, view)
+        self._rank_again()
         self._has_news = True
 
     def _refusals(self, now_s: float) -> tuple[tuple[int, str], ...]:
@@ -370,14 +388,6 @@ def _left_s(now_s: float, view: SequenceView) -> float:
 def _unread(view: SequenceView) -> int:
     """Tokens to run before it decodes: the prompt, and after a preemption what it had generated."""
     return view.prompt_tokens + view.num_generated - view.num_prefilled
-
-
-def _entries(view: SequenceView) -> int:
-    return (
-        view.num_prefilled
-        if view.num_prefilled > view.prompt_tokens
-        else view.num_prefilled + view.num_generated
-    )
 
 
 def _blocks(state: EngineState, view: SequenceView) -> int:

@@ -62,20 +62,22 @@ class Members:
             self.pace_s = pace
         insort(self.bounded, (tokens, left_s))
 
-    def with_one(self, tokens: int, left_s: float, unread: int, bits: float) -> Members:
-        """A copy with one more."""
-        copy = Members(
-            self.times,
-            self.bits,
-            self.entries,
-            self.count,
-            self.unread,
-            self.pace_s,
-            self.bounded.copy(),
-            self.first_s,
-        )
-        copy.add(tokens, left_s, unread, bits)
-        return copy
+    def take(self, tokens: int, left_s: float, unread: int, bits: float, first_s: float = inf) -> bool:
+        """Take one more in where either condition then holds at the width that all need.
+
+        Args:
+            tokens, left_s, unread, bits: as for `add`.
+            first_s: seconds in which all prompts have to be run for it.
+        """
+        before = self.bits, self.unread, self.pace_s, self.first_s
+        self.add(tokens, left_s, unread, bits)
+        self.first_s = min(self.first_s, first_s)
+        if self.is_steady(self.bits) or self.can_drain(self.bits):
+            return True
+        self.count -= 1
+        self.bounded.remove((tokens, left_s))
+        self.bits, self.unread, self.pace_s, self.first_s = before
+        return False
 
     def is_steady(self, bits: float) -> bool:
         """Whether passes over all members, with a few prompt rows in each, are fast enough for everybody's
@@ -89,24 +91,22 @@ class Members:
         With tokens left r_1 <= ... <= r_n and prompts of D seconds, one pass to carry them included,
         finish_j = D + the sum over k <= j of (r_k - r_(k-1)) T(bits, n - k + 1).
         """
-        rows, before, decode, entries = self.count, 0, self.times.decode, self.entries
+        rows, before = self.count, 0
+        seconds = self.times.by_rows(bits, rows, self.entries)
+        factor = self.times.residuals.factor(bits)
         finish = 0.0
         if self.unread:
-            finish = self.unread * self.times.prompt_token(bits) + decode(bits, rows, entries)
+            finish = self.unread * self.times.prompt_token(bits) + seconds[rows] * factor
             if finish > self.first_s:
                 return False
         for tokens, left_s in self.bounded:
             if tokens > before:
-                finish += (tokens - before) * decode(bits, rows, entries)
+                finish += (tokens - before) * seconds[rows] * factor
                 before = tokens
             if finish > left_s:
                 return False
             rows -= 1
         return True
-
-    def holds(self, bits: float) -> bool:
-        """Whether either condition is met at a width."""
-        return self.is_steady(bits) or self.can_drain(bits)
 
     def prompt_rows(self, most: int, decoding: int) -> int:
         """Rows of prompts for the next pass.
