@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import random
 import time
@@ -89,6 +90,7 @@ def main() -> None:
     parser.add_argument("--model", default=str(embedded_model()), help="default: the one in the package")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    gc.disable()  # a collection here would be measured as a server that is late
     sent = body(options.tokens)
     with serving("--threads", "1", "--max-queue", str(options.queue), model=options.model) as server:
         rate = asyncio.run(capacity(server, min(5.0, options.seconds), options.queue, sent))

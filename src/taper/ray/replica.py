@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sys
 import time
 from collections.abc import AsyncIterator
 from math import inf
@@ -16,7 +15,7 @@ from starlette.types import Message
 from taper.kernels import set_num_threads
 from taper.ray.ledger import Asked, Slack
 from taper.server.app import make_app
-from taper.server.start import SWITCH_S, ServeOptions, open_models
+from taper.server.start import ServeOptions, keep_pauses_short, open_models
 
 HEARTBEAT_S = 1.0
 HOST = "localhost"
@@ -40,8 +39,8 @@ class EngineReplica:
 
     def __init__(self, name: str, path: str, options: ServeOptions, threads: int) -> None:
         set_num_threads(threads)
-        sys.setswitchinterval(SWITCH_S)
         models = open_models({name: Path(path)}, options)
+        keep_pauses_short()
         self._app = make_app(models, hosts={HOST})
         self._served = models[name]
         self._slack = Slack()
