@@ -17,7 +17,7 @@ WIDTHS = (2.0, 4.0, 8.0)
 
 @dataclass(frozen=True)
 class Linear:
-    """1 ms for each 2 bits, 0.1 ms a row, 1 us for 10 entries: easy to reckon with; all `speed` times as fast."""
+    """1 ms for each 2 bits, 0.1 ms a row, 1 us for 10 entries: easy to reckon with; `speed` times as fast."""
 
     speed: float = 1.0
 

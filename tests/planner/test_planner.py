@@ -128,7 +128,7 @@ def test_more_budget_never_starves_and_none_still_serves() -> None:
 
 
 def test_short_passes_leave_no_budget_and_still_fill_the_batch() -> None:
-    # Passes of 0.1 ms buy 1 us of planning each: without plans that are made all the same the batch stays small.
+    # Passes of 0.1 ms buy 1 us of planning each: without plans that are made all the same it starves.
     quick = replace(MACHINE, step_time=Linear(speed=20))
     trace = random_trace(2, 4000, 2000)
     some, plenty = (simulate(Planner(budget), trace, quick).met for budget in (0.01, 1.0))

@@ -15,8 +15,8 @@ from taper.planner.step_time import Residuals
 # Costs count bounds of answers, which end earlier: filling a window to 1.25 times its length served 2 to 4 %
 # more than to once where weights come from memory, and as many on the embedded model.
 _FILL = 1.25
-# Steps of the bounds on an answer's length, and answers after which they are looked up anew: a search for every
-# member of every plan took a quarter of the planner's time.
+# Steps of the bounds on an answer's length, and answers after which they are looked up anew: a search for
+# every member of every plan took a quarter of the planner's time.
 _SHARES, _FRESH_ANSWERS = 64, 16
 
 
@@ -67,8 +67,8 @@ class PassTimes:
 class OutputLengths:
     """Bounds on how much of `max_tokens` an answer uses, from the answers so far.
 
-    The bound is a quantile of the used share among answers that used more than this one has by now, rounded up
-    to 64ths; it grows with the answer and never exceeds max_tokens. With fewer than 50 such answers it is
+    The bound is a quantile of the used share among answers that used more than this one has by now, rounded
+    up to 64ths; it grows with the answer and never exceeds max_tokens. With fewer than 50 such answers it is
     max_tokens. New answers count from every 16th on.
 
     Args:
@@ -113,8 +113,8 @@ class OutputLengths:
 
 
 class Demand(NamedTuple):
-    """A request as the forecast sees it: least width that its floor allows, arrival, and the machine's seconds
-    that it takes at that width."""
+    """A request as the forecast sees it: least width that its floor allows, arrival, and the machine's
+    seconds that it takes at that width."""
 
     bits: float
     arrival_s: float
@@ -150,9 +150,8 @@ def operating_point(demands: Sequence[Demand], pass_s: Mapping[float, float]) ->
         pass_s: seconds of a typical pass by width, widths rising: what a request costs at another width.
     """
     limit = _FILL * (demands[-1].arrival_s - demands[0].arrival_s)
-    by_cost = sorted(
-        [(one.cost_s / pass_s[one.bits], one.bits) for one in demands]
-    )  # in passes: of every width
+    # In passes, which are as many at every width.
+    by_cost = sorted([(one.cost_s / pass_s[one.bits], one.bits) for one in demands])
     best, most = OperatingPoint(), -1
     for bits, seconds in pass_s.items():
         costs = [passes * seconds for passes, floor in by_cost if floor <= bits]

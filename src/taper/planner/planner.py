@@ -14,12 +14,12 @@ from taper.planner.promises import STEADY_ROWS, Members
 
 # Arrivals that the forecast looks back on, and how often it does.
 _WINDOW, _EVERY = 128, 32
-# Seconds of thinking that count against the budget: an arrival, a pass, a plan and each member of it, a test of
-# a candidate, as measured on Zen 4. Counted, not measured as it runs: plans depend on states and times alone.
+# Seconds of thinking that count against the budget: an arrival, a pass, a plan and each member of it, a test
+# of a candidate, as measured on Zen 4. Counted, not measured as it runs: plans depend on states and times.
 _ARRIVAL_S, _PASS_S, _PLAN_S, _MEMBER_S, _TEST_S = 15e-6, 8e-6, 25e-6, 1.5e-6, 8e-6
-# A plan that has begun goes on into the red: it costs as much as ten tests, which one candidate does not repay.
-# And news waits for a few passes at most: with fewer members passes are shorter, and so is the budget; on passes
-# of 1 ms it never came back (71 instead of 165 requests/s).
+# A plan that has begun goes on into the red: it costs as much as ten tests, which one candidate does not
+# repay. And news waits for a few passes at most: with fewer members passes are shorter, and so is the budget;
+# on passes of 1 ms it never came back (71 instead of 165 requests/s).
 _OVERDRAFT_S, _LEAST_TESTS, _PATIENCE_PASSES = -50e-6, 8, 3
 # Entries that a token is taken to see, and sequences that share a pass, in the cost of a request.
 _TYPICAL_ENTRIES = 128

@@ -192,11 +192,11 @@ def serve(models: Mapping[str, Served], options: ServeOptions, bound: socket.soc
 
 
 def keep_pauses_short() -> None:
-    """Set the interpreter up for a server whose models are loaded: one that stops for 50 ms is too late with a
-    refusal.
+    """Set the interpreter up for a server whose models are loaded: one that stops for 50 ms is too
+    late with a refusal.
 
-    What is there by now is left out of garbage collections, for one over modules, models and tokenizers took 46
-    ms, once in some hundreds of requests; and they come more rarely, for what is left are requests.
+    What is there by now is left out of garbage collections, for one over modules, models and tokenizers took
+    46 ms, once in some hundreds of requests; and they come more rarely, for what is left are requests.
     """
     sys.setswitchinterval(SWITCH_S)
     gc.collect()
