@@ -11,7 +11,7 @@ from machines import MACHINE, WIDTHS, Linear, decoding, random_trace, state, vie
 
 from taper.planner.forecast import Demand, OperatingPoint, OutputLengths, PassTimes, operating_point
 from taper.planner.planner import Planner
-from taper.planner.promises import Members
+from taper.planner.promises import Members, Option
 from taper.planner.simulator import simulate
 
 
@@ -139,7 +139,9 @@ def test_repeated_plans_predict_what_their_passes_take() -> None:
     # Without noise every pass takes what it should, so nothing is to be corrected.
     planner = Planner()
     simulate(planner, random_trace(3, 60, 300), MACHINE)
-    assert [planner._times.residuals.factor(bits) for bits in WIDTHS[:2]] == pytest.approx([1.0, 1.0])
+    # But that a repeated plan keeps its prediction for up to 16 entries of 0.1 us a row.
+    for bits in WIDTHS[:2]:
+        assert 1.0 <= planner._times.residuals.factor(bits) < 1.005
 
 
 def test_one_that_comes_back_is_started_once() -> None:
@@ -177,7 +179,7 @@ def test_finish_times_equal_those_of_passes_one_by_one(seed: int) -> None:
     members = Members(times, 2.0, 100)
     before = [True, True]
     for tokens, left_s, unread in drawn:
-        members.add(tokens, left_s, unread, 2.0)
+        members.add(Option(tokens, left_s, unread, 2.0))
         after = [members.can_drain(4.0), members.is_steady(4.0)]
         assert all(was or not is_now for was, is_now in zip(before, after, strict=True))  # only harder
         before = after

@@ -10,7 +10,8 @@ from math import inf
 from taper.engine.schedule import EngineState, SequenceView, StepPlan
 from taper.planner.floor_gate import FloorGate
 from taper.planner.forecast import Demand, OperatingPoint, OutputLengths, PassTimes, operating_point
-from taper.planner.promises import STEADY_ROWS, Members
+from taper.planner.promises import STEADY_ROWS, Members, Option
+from taper.planner.selection import largest_set
 
 # Arrivals that the forecast looks back on, and how often it does.
 _WINDOW, _EVERY = 128, 32
@@ -21,6 +22,8 @@ _ARRIVAL_S, _PASS_S, _PLAN_S, _MEMBER_S, _TEST_S = 15e-6, 8e-6, 25e-6, 1.5e-6, 8
 # repay. And news waits for a few passes at most: with fewer members passes are shorter, and so is the budget;
 # on passes of 1 ms it never came back (71 instead of 165 requests/s).
 _OVERDRAFT_S, _LEAST_TESTS, _PATIENCE_PASSES = -50e-6, 8, 3
+# Credit from which a set larger than the greedy one is searched for, and seconds of one search at most.
+_SEARCH_S, _MOST_SEARCH_S = 300e-6, 1e-3
 # Entries that a token is taken to see, and sequences that share a pass, in the cost of a request.
 _TYPICAL_ENTRIES = 128
 # Passes after which the width is looked at again although nobody came or went.
@@ -54,6 +57,7 @@ class Planner:
       them finish in time (`Members`), with step times corrected to the 90th percentile of what was measured.
     - Bits of a pass: the least that the members' floors allow while anything waits; otherwise the largest at
       which the certificate still holds.
+    - What is left of the budget under overload goes into a search for a larger set (`largest_set`).
     - Under overload requests are taken in rising order of the machine's seconds that they need, those whose
       floor is above the gate last and only while nothing else runs (`FloorGate`); otherwise by deadline.
     - A request that cannot make it any more is refused at once; so is the end of a long queue.
@@ -88,7 +92,6 @@ class Planner:
         self._floors: dict[float, float] = {}
         self._widths: tuple[float, ...] = ()
         self._repeated: StepPlan | None = None  # the last plan, where all that ran in it goes on decoding
-        self._context = 0
         # Candidates that failed a test since a sequence ended: the test can only have become harder.
         self._failed: set[int] = set()
 
@@ -113,11 +116,13 @@ class Planner:
 
     def schedule(self, now_s: float, state: EngineState) -> StepPlan:
         """The next pass."""
+        self._quiet_passes += 1
+        if self._repeated is not None and not self._is_due() and self._goes_on(now_s, state):
+            return self._repeated
         self._times.use(state.step_time)
         if state.widths is not self._widths and state.widths != self._widths:
             self._widths = state.widths
             self._floors.clear()
-            self._repeated = None
         self._adopt(state)
         refuse = self._refusals(now_s)
         finish = self._cut(now_s, state)
@@ -126,15 +131,9 @@ class Planner:
             self._learn_lengths(state.running)
             self._failed.clear()
             self._has_news = True
-            self._repeated = None
-        self._quiet_passes += 1
-        is_due = self._has_news or self._quiet_passes >= _REVIEW_PASSES
-        can_plan = self._credit_s > 0 or self._quiet_passes >= _PATIENCE_PASSES or not running
-        replans = is_due and can_plan
-        if self._repeated is not None and not (replans or refuse):
-            return self._repeat(state, self._repeated)
         decoding = [v for v in running if v.num_generated and v.num_prefilled >= v.prompt_tokens]
         is_prefilling = len(decoding) < len(running)
+        replans = self._is_due() or not running
         taken = self._replan(now_s, state, running, len(decoding)) if replans else []
         prefill = self._prompts(state, running, len(decoding), taken) if taken or is_prefilling else ()
         bits = max(self._raised_bits, self._floor_bits)
@@ -156,7 +155,7 @@ class Planner:
         self._credit_s -= _PLAN_S + _MEMBER_S * len(running)
         self._quiet_passes = 0
         members = self._members(now_s, state, running)
-        taken, is_all = self._take(now_s, state, running, members)
+        taken, members, is_all = self._take(now_s, state, running, members)
         self._floor_bits = members.bits
         is_calm = is_all and not self._point.is_overload and members.count < 0.7 * state.max_batch
         self._raised_bits = self._widest(state, members, running, taken) if is_calm else 0.0
@@ -201,7 +200,6 @@ class Planner:
         for view, count in prefill:
             unread += count
             context += count * view.num_prefilled + count * (count + 1) // 2
-        self._context = context
         self._predicted_s = state.step_time.seconds(bits, len(decoding), unread, context)
         self._expected_count = len(running) + sum(not view.is_running for view, _ in prefill)
         plan = StepPlan(
@@ -211,15 +209,27 @@ class Planner:
             refuse=refuse,
             finish=finish,
         )
-        self._repeated = plan if decoding and not (prefill or refuse or finish) else None
+        is_alone = decoding and not (prefill or refuse or finish)
+        self._repeated = plan if is_alone and all(v.on_miss != "truncate" for v in decoding) else None
         return plan
 
-    def _repeat(self, state: EngineState, plan: StepPlan) -> StepPlan:
-        """The same pass again, one entry on."""
-        rows = len(plan.decode)
-        self._context += rows
-        self._predicted_s = state.step_time.seconds(plan.bits, rows, 0, self._context)
-        return plan
+    def _is_due(self) -> bool:
+        """Whether there is a reason to plan anew, and the budget for it."""
+        is_due = self._has_news or self._quiet_passes >= _REVIEW_PASSES
+        return is_due and (self._credit_s > 0 or self._quiet_passes >= _PATIENCE_PASSES)
+
+    def _goes_on(self, now_s: float, state: EngineState) -> bool:
+        """Whether the last plan can be given again: nobody came, went, or is late.
+
+        Looked at first and by itself: after a pass little of the planner is left in the caches, and every
+        function that it enters costs some microseconds. The prediction stays, too: at most 16 entries a row.
+        """
+        return (
+            len(state.running) == self._expected_count
+            and len(state.waiting) == len(self._queue)
+            and now_s <= self._soonest_s
+            and state.widths is self._widths
+        )
 
     def _members(self, now_s: float, state: EngineState, running: list[SequenceView]) -> Members:
         entries = sum([view.num_prefilled for view in running])
@@ -230,47 +240,74 @@ class Planner:
             bits = floors.get(view.min_bits)
             if bits is None:
                 bits = floors[view.min_bits] = _width(state, view.min_bits)
-            members.add(self._left(view), _left_s(now_s, view), prompt if prompt > 0 else 0, bits)
-            if prompt > 0 and view.on_miss == "truncate":
-                members.first_s = min(members.first_s, view.deadline_s - now_s)
+            first_s = view.deadline_s - now_s if prompt > 0 and view.on_miss == "truncate" else inf
+            unread = prompt if prompt > 0 else 0
+            members.add(Option(self._left(view), _left_s(now_s, view), unread, bits, 0, first_s))
         return members
 
     def _take(
         self, now_s: float, state: EngineState, running: list[SequenceView], members: Members
-    ) -> tuple[list[SequenceView], bool]:
-        """Waiting requests to start, who join `members`, and whether all that wait were taken."""
-        taken: list[SequenceView] = []
-        limit = min(state.max_batch, state.max_step_tokens - 1)
-        free = state.kv_blocks - sum(_blocks(state, view) for view in running)
+    ) -> tuple[list[SequenceView], Members, bool]:
+        """Waiting requests to start, the members with them, and whether all that wait were taken."""
+        taken: list[int] = []
+        offered: list[_Waiting] = []
+        places = min(state.max_batch, state.max_step_tokens - 1) - members.count
+        free = blocks = state.kv_blocks - sum(_blocks(state, view) for view in running)
+        before = members.copy() if self._point.is_overload and self._credit_s > _SEARCH_S else None
         self._has_news = False
-        tested = 0
         if len(self._ranked) > len(self._queue) + 16:
             self._ranked = [ranked for ranked in self._ranked if ranked[1] in self._queue]
         for _, number in self._ranked:
             if number in self._failed or number not in self._queue:
                 continue
-            if members.count >= limit:
+            if len(taken) >= places:
                 break
-            if self._credit_s <= _OVERDRAFT_S and tested >= _LEAST_TESTS and members.count:
+            if self._credit_s <= _OVERDRAFT_S and len(offered) >= _LEAST_TESTS and members.count:
                 self._has_news = True  # the rest is tested in later passes
                 break
-            tested += 1
-            self._credit_s -= _TEST_S
             one = self._queue[number]
             if one.bits > self._gate.bits and members.count:
                 break
-            if one.blocks > free:
-                self._failed.add(number)
-                continue
-            view = one.view
-            first_s = view.deadline_s - now_s if view.on_miss == "truncate" else inf
-            if members.take(self._left(view), _left_s(now_s, view), _unread(view), one.bits, first_s):
+            self._credit_s -= _TEST_S
+            option = self._option(now_s, one)
+            if option.blocks <= free and members.take(option):
                 free -= one.blocks
-                taken.append(view)
+                taken.append(len(offered))
             else:
                 self._failed.add(number)
                 one.blamed_bits = max(one.blamed_bits, members.bits)
-        return taken, len(taken) == len(self._queue)
+            offered.append(one)
+        if before is not None and len(taken) < min(places, len(offered)):
+            members, taken = self._improve(now_s, before, members, offered, taken, blocks, places)
+        return [offered[place].view for place in taken], members, len(taken) == len(self._queue)
+
+    def _improve(
+        self,
+        now_s: float,
+        before: Members,
+        members: Members,
+        offered: list[_Waiting],
+        taken: list[int],
+        blocks: int,
+        places: int,
+    ) -> tuple[Members, list[int]]:
+        """A larger set than the greedy one (`members`, `taken`), if what is left of the budget finds one."""
+        level = offered[0].view.priority  # a set with fewer of a higher priority is not better
+        options = [self._option(now_s, one) for one in offered if one.view.priority == level]
+        greedy = [place for place in taken if place < len(options)]
+        most = int(min(self._credit_s, _MOST_SEARCH_S) / _TEST_S)
+        choice = largest_set(before, options, blocks=blocks, places=places, incumbent=greedy, max_tests=most)
+        self._credit_s -= choice.tests * _TEST_S
+        if len(choice.chosen) <= len(taken):
+            return members, taken
+        for place in choice.chosen:
+            before.add(options[place])
+        return before, list(choice.chosen)
+
+    def _option(self, now_s: float, one: _Waiting) -> Option:
+        view = one.view
+        first_s = view.deadline_s - now_s if view.on_miss == "truncate" else inf
+        return Option(self._left(view), _left_s(now_s, view), _unread(view), one.bits, one.blocks, first_s)
 
     def _widest(
         self, state: EngineState, members: Members, running: list[SequenceView], taken: list[SequenceView]

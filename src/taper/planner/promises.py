@@ -7,14 +7,35 @@ admitted later only under the same test. A member more never makes a test pass t
 from __future__ import annotations
 
 from bisect import insort
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
+from typing import NamedTuple
 
 from taper.planner.forecast import PassTimes
 
 # Prompt rows beside the decoded ones that steady passes are planned with. 12 served 1 to 3 % more at 1 and 2
 # times saturation than 24, and 48 served 5 to 15 % less.
 STEADY_ROWS = 12
+
+
+class Option(NamedTuple):
+    """A sequence as the promises see it.
+
+    Attributes:
+        tokens: that it decodes yet, at most.
+        left_s: seconds to its deadline; inf: none.
+        unread: prompt tokens that it has not run.
+        bits: the least width that its floor allows.
+        blocks: of the KV cache that it may need and does not have yet.
+        first_s: seconds in which its prompt has to be run.
+    """
+
+    tokens: int
+    left_s: float
+    unread: int
+    bits: float
+    blocks: int = 0
+    first_s: float = inf
 
 
 @dataclass(slots=True)
@@ -41,41 +62,34 @@ class Members:
     bounded: list[tuple[int, float]] = field(default_factory=list)
     first_s: float = inf
 
-    def add(self, tokens: int, left_s: float, unread: int, bits: float) -> None:
-        """Take a sequence in.
+    def copy(self) -> Members:
+        """The same members, to be added to by themselves."""
+        return replace(self, bounded=self.bounded.copy())
 
-        Args:
-            tokens: that it decodes yet, at most.
-            left_s: seconds to its deadline; inf: none.
-            unread: prompt tokens that it has not run.
-            bits: the least width that its floor allows.
-        """
+    def add(self, one: Option) -> None:
+        """Take a sequence in."""
         self.count += 1
-        if bits > self.bits:
-            self.bits = bits
-        passes: float = tokens
-        if unread:
-            self.unread += unread
+        if one.bits > self.bits:
+            self.bits = one.bits
+        passes: float = one.tokens
+        if one.unread:
+            self.unread += one.unread
             passes += self.unread / STEADY_ROWS
-        pace = left_s / passes
+        pace = one.left_s / passes
         if pace < self.pace_s:
             self.pace_s = pace
-        insort(self.bounded, (tokens, left_s))
+        if one.first_s < self.first_s:
+            self.first_s = one.first_s
+        insort(self.bounded, (one.tokens, one.left_s))
 
-    def take(self, tokens: int, left_s: float, unread: int, bits: float, first_s: float = inf) -> bool:
-        """Take one more in where either condition then holds at the width that all need.
-
-        Args:
-            tokens, left_s, unread, bits: as for `add`.
-            first_s: seconds in which all prompts have to be run for it.
-        """
+    def take(self, one: Option) -> bool:
+        """Take a sequence in where either condition then holds at the width that all need."""
         before = self.bits, self.unread, self.pace_s, self.first_s
-        self.add(tokens, left_s, unread, bits)
-        self.first_s = min(self.first_s, first_s)
+        self.add(one)
         if self.is_steady(self.bits) or self.can_drain(self.bits):
             return True
         self.count -= 1
-        self.bounded.remove((tokens, left_s))
+        self.bounded.remove((one.tokens, one.left_s))
         self.bits, self.unread, self.pace_s, self.first_s = before
         return False
 
