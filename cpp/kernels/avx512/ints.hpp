@@ -24,11 +24,9 @@ struct Ints {
   static Sums start(int32_t sum_of_q) { return _mm512_set1_epi32(-128 * sum_of_q); }
   static Bytes load_keys(const int8_t* p) { return _mm512_xor_si512(_mm512_load_si512(p), _mm512_set1_epi8(-128)); }
   static Bytes load_values(const int8_t* p) { return _mm512_load_si512(p); }
-  static Sums key_dot(Sums sums, Bytes keys, int32_t four) {
-    return _mm512_dpbusd_epi32(sums, keys, _mm512_set1_epi32(four));
-  }
+  static Sums key_dot(Sums sums, Bytes keys, int32_t four) { return add_products(sums, keys, _mm512_set1_epi32(four)); }
   static Sums value_dot(Sums sums, Bytes values, int32_t four) {
-    return _mm512_dpbusd_epi32(sums, _mm512_set1_epi32(four), values);
+    return add_products(sums, _mm512_set1_epi32(four), values);
   }
   static __m512 to_float(Sums sums) { return _mm512_cvtepi32_ps(sums); }
 
@@ -73,6 +71,13 @@ struct Ints {
   }
 
  private:
+  // As assembly, whose sums are one register read and written: GCC 12 copies those of the intrinsic to another register
+  // and back, two moves a product, and spills some. Keys take 10.5 instead of 11.5 ticks an entry, values 13.6 of 14.8.
+  static Sums add_products(Sums sums, __m512i unsigned_bytes, __m512i bytes) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(unsigned_bytes), "v"(bytes));
+    return sums;
+  }
+
   template <bool kHalf>
   static void store(__m512i matrices, int8_t* out) {
     const __m512i units = _mm512_set1_epi64(static_cast<int64_t>(0x8040201008040201u));
