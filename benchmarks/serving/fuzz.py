@@ -9,6 +9,7 @@ with bytes or values changed, and the attacks in ATTACKS.
 from __future__ import annotations
 
 import argparse
+import copy
 import http.client
 import json
 import random
@@ -115,11 +116,10 @@ def _change(generator: random.Random, place: Any) -> None:
         if choice < 0.2:
             del place[key]
         elif choice < 0.35 and isinstance(place, dict):
-            place[generator.choice(["x", "type", "role", "schema", "$ref", "user", ""])] = generator.choice(
-                VALUES
-            )
+            name = generator.choice(["x", "type", "role", "schema", "$ref", "user", ""])
+            place[name] = copy.deepcopy(generator.choice(VALUES))  # a later change may reach into it
         else:
-            place[key] = generator.choice(VALUES)
+            place[key] = copy.deepcopy(generator.choice(VALUES))
         return
 
 

@@ -1,11 +1,11 @@
-"""A whole task of lm-eval-harness, unmodified, against `taper serve`, beside the same items scored without HTTP.
+"""A whole task of lm-eval-harness, unmodified, against `taper serve`, beside the items scored without HTTP.
 
     pip install 'lm-eval[api]==0.4.13' transformers      # any environment; no torch is needed
     python benchmarks/serving/lm_eval_task.py --items arc-easy-test.json.xz --lm-eval PYTHON [--count 200]
 
-ITEMS is what `taper eval --tasks` reads. The harness sends every choice with its context as tokens (`local-completions`,
-echo and logprobs), four at a time, and reports accuracy; ours comes from `taper.evaluate` over the same KV format. The
-last line is JSON; the exit status is 1 where the two differ.
+ITEMS is what `taper eval --tasks` reads. The harness sends every choice with its context as tokens
+(`local-completions`, echo and logprobs), four at a time, and reports accuracy; ours comes from
+`taper.evaluate` over the same KV format. The last line is JSON; the exit status is 1 where the two differ.
 """
 
 from __future__ import annotations
