@@ -61,6 +61,7 @@ def by_harness(python: str, folder: Path, port: int) -> float:
         "base_url": f"http://127.0.0.1:{port}/v1/completions",
         "tokenizer": folder,
         "tokenized_requests": True,
+        "add_bos_token": True,  # the tokenizer puts one there, and ours follows it
         "num_concurrent": 4,
     }
     command = [python, "-m", "lm_eval", "--model", "local-completions", "--tasks", "taper_items"]
