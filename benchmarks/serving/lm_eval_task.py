@@ -20,8 +20,7 @@ from pathlib import Path
 from harness import serving
 
 from taper.engine import embedded_model
-from taper.evaluate.likelihood import Scorer
-from taper.evaluate.perplexity import open_model
+from taper.evaluate.choices import measure_tasks
 from taper.evaluate.tasks import Task, read_task
 from taper.formats.container import TaperFile
 
@@ -74,17 +73,6 @@ def by_harness(python: str, folder: Path, port: int) -> float:
     return accuracy
 
 
-def without_http(model: str, task: Task) -> float:
-    """Accuracy of the same items on the decoder."""
-    decoder, tokenizer = open_model(model, KV)
-    scorer = Scorer(decoder, tokenizer, decoder.max_bits)
-    right = 0
-    for item in task.items:
-        scores = [scorer.score(item.context, choice).log_likelihood for choice in item.choices]
-        right += scores.index(max(scores)) == item.answer
-    return right / len(task.items)
-
-
 def main() -> None:
     """Run both and compare."""
     parser = argparse.ArgumentParser(
@@ -102,7 +90,8 @@ def main() -> None:
         began = time.perf_counter()
         harness = by_harness(options.lm_eval, Path(name), server.port)
         seconds = time.perf_counter() - began
-    ours = without_http(options.model, task)
+    (report,) = measure_tasks(options.model, [task], bits=[file.max_bits], kv=KV)
+    ours = report.results[0].accuracy
     found = {"items": len(task.items), "requests": sum(len(item.choices) for item in task.items)}
     print(json.dumps({**found, "seconds": round(seconds, 1), "lm_eval": harness, "without_http": ours}))
     raise SystemExit(harness != ours)

@@ -153,6 +153,22 @@ def test_one_that_comes_back_is_started_once() -> None:
     assert planner.schedule(0.02, state([again])).prefill == ((1, 19),)
 
 
+def test_one_that_comes_back_is_refused_when_its_time_is_over() -> None:
+    planner = Planner()
+    busy, again = decoding(1, deadline_s=0.0112), view(2, 0.04, num_generated=3)  # never admitted here
+    assert planner.schedule(0.0, state([again], [busy])).refuse == ()
+    assert [number for number, _ in planner.schedule(0.039, state([again], [busy])).refuse] == [2]
+
+
+def test_a_plan_goes_on_after_the_time_of_one_that_has_started() -> None:
+    planner = admitted(Planner(), view(1, 0.03))
+    planner.schedule(0.0, state([view(1, 0.03)]))
+    running = decoding(1, deadline_s=0.03)
+    plan = planner.schedule(0.005, state([], [running]))
+    assert planner.schedule(0.029, state([], [running])) == plan
+    assert planner.schedule(0.0291, state([], [running])) is planner.schedule(0.0292, state([], [running]))
+
+
 def brute_finish(members: list[tuple[int, float, int]], bits: float, entries: int, times: PassTimes) -> bool:
     """Token by token: prompts first, then everybody that has tokens left decodes."""
     prompts = sum(unread for _, _, unread in members)

@@ -18,9 +18,9 @@ _WINDOW, _EVERY = 128, 32
 # Seconds of thinking that count against the budget: an arrival, a pass, a plan and each member of it, a test
 # of a candidate, as measured on Zen 4. Counted, not measured as it runs: plans depend on states and times.
 _ARRIVAL_S, _PASS_S, _PLAN_S, _MEMBER_S, _TEST_S = 15e-6, 8e-6, 25e-6, 1.5e-6, 8e-6
-# A plan that has begun goes on into the red: it costs as much as ten tests, which one candidate does not
-# repay. And news waits for a few passes at most: with fewer members passes are shorter, and so is the budget;
-# on passes of 1 ms it never came back (71 instead of 165 requests/s).
+# A plan that has begun goes on into the red: with 16 members it costs as much as six tests, which one
+# candidate does not repay. And news waits for a few passes at most: with fewer members passes are shorter,
+# and so is the budget; on passes of 1 ms it never came back (71 instead of 165 requests/s).
 _OVERDRAFT_S, _LEAST_TESTS, _PATIENCE_PASSES = -50e-6, 8, 3
 # Credit from which a set larger than the greedy one is searched for, and seconds of one search at most.
 _SEARCH_S, _MOST_SEARCH_S = 300e-6, 1e-3
@@ -302,6 +302,7 @@ class Planner:
             return members, taken
         for place in choice.chosen:
             before.add(options[place])
+            self._failed.discard(offered[place].view.id)
         return before, list(choice.chosen)
 
     def _option(self, now_s: float, one: _Waiting) -> Option:
@@ -364,18 +365,21 @@ class Planner:
         there = {view.id for view in state.waiting}
         for number in [number for number in self._queue if number not in there]:
             del self._queue[number]
-        for view in state.waiting:
-            if view.id not in self._queue:
-                self._queue[view.id] = self._waiting(state, view)
-        self._rank_again()
+        unseen = [view for view in state.waiting if view.id not in self._queue]
+        self._queue |= {view.id: self._waiting(state, view) for view in unseen}
+        if unseen:  # their old places are in the order yet
+            self._rank_again()
+            self._soonest_s = self._soonest()
         self._has_news = True
 
     def _refusals(self, now_s: float) -> tuple[tuple[int, str], ...]:
         """Those that cannot make it any more, and the least valuable beyond the queue's length."""
         refused: list[tuple[int, str]] = []
+        is_stale = False
         if now_s > self._soonest_s:
             late = [number for number, one in self._queue.items() if now_s > one.latest_s]
             refused = [(number, "the deadline cannot be met any more") for number in late]
+            is_stale = True  # also where the soonest one has started meanwhile
         if len(self._queue) - len(refused) > self._max_waiting:
             gone = {number for number, _ in refused}
             kept = [number for _, number in self._ranked if number in self._queue and number not in gone]
@@ -383,9 +387,13 @@ class Planner:
         for number, _ in refused:
             one = self._queue.pop(number)
             self._gate.lost(one.bits, one.blamed_bits)
-        if refused:
-            self._soonest_s = min((one.latest_s for one in self._queue.values()), default=inf)
+        if refused or is_stale:
+            self._soonest_s = self._soonest()
         return tuple(refused)
+
+    def _soonest(self) -> float:
+        """When the first of those that wait cannot make it any more."""
+        return min((one.latest_s for one in self._queue.values()), default=inf)
 
     def _cut(self, now_s: float, state: EngineState) -> tuple[int, ...]:
         """Answers that end because the next pass may be over only after their deadline."""

@@ -35,7 +35,7 @@ MIN_KEY_CHARS = 16
 DEFAULT_KV = "7"
 # How long the engine's thread may keep the interpreter while HTTP waits; Python's 5 ms would add up over
 # the several waits of one request.
-SWITCH_S = 0.0005
+_SWITCH_S = 0.0005
 _GC_THRESHOLDS = 5000, 10, 20
 
 
@@ -198,7 +198,7 @@ def keep_pauses_short() -> None:
     What is there by now is left out of garbage collections, for one over modules, models and tokenizers took
     46 ms, once in some hundreds of requests; and they come more rarely, for what is left are requests.
     """
-    sys.setswitchinterval(SWITCH_S)
+    sys.setswitchinterval(_SWITCH_S)
     gc.collect()
     gc.freeze()
     gc.set_threshold(*_GC_THRESHOLDS)
