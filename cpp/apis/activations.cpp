@@ -1,7 +1,6 @@
 #include "apis/activations.hpp"
 
 #include <algorithm>
-#include <new>
 #include <vector>
 
 #include "apis/check.hpp"
@@ -13,8 +12,6 @@
 
 namespace taper {
 namespace {
-
-constexpr std::align_val_t kAlignment{64};
 
 // 2048 elements take 1.4 us with norm and rotation (AVX-512).
 constexpr int64_t kPsPerElement = 700;
@@ -50,28 +47,45 @@ void rotate_and_quantize(const Kernels& kernels, const float* x, float* row, int
 template <class Body>
 void for_each_token(int64_t n, const Rotation& rotation, int magnitude_bits, const Activations& out, const Body& body) {
   check_prepare(n, rotation, magnitude_bits, out);
-  const Plan plan = plan_items(out.tokens(), n * kPsPerElement, num_threads());
+  const Plan plan = plan_prepare(out, n * kPsPerElement);
   parallel_for(out.tokens(), plan.chunk, plan.threads, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) body(t);
+    pack_rows(kernels(), out, begin, end);
   });
 }
 
 }  // namespace
 
-void Activations::Free::operator()(unsigned char* memory) const { ::operator delete[](memory, kAlignment); }
-
-void Activations::reshape(int64_t tokens, int64_t cols, bool wide) {
+void Activations::reshape(int64_t tokens, int64_t cols, bool wide, bool packed) {
   require(tokens >= 1, "activations have ", tokens, " rows, expected at least 1");
   require(cols >= 1 && cols % kColumnAlignment == 0, "activations have ", cols, " columns, expected a multiple of ",
           kColumnAlignment);
-  const int64_t parts = wide ? 2 : 1, bytes = tokens * (parts * (cols + sizeof(int32_t)) + sizeof(float));
-  if (bytes > bytes_) {
-    memory_.reset(static_cast<unsigned char*>(::operator new[](bytes, kAlignment)));
-    bytes_ = bytes;
-  }
   tokens_ = tokens;
   cols_ = cols;
   wide_ = wide;
+  packed_ = packed;
+  const auto row_bytes = static_cast<int64_t>(parts() * (cols + sizeof(int32_t)) + sizeof(float));
+  const int64_t bytes = tokens * row_bytes + (packed ? parts() * packed_bytes() : 0);
+  if (bytes <= bytes_) return;
+  memory_.reset(static_cast<unsigned char*>(allocate_pages(bytes)));
+  bytes_ = bytes;
+}
+
+bool packs(const Kernels& kernels, int64_t tokens) {
+  constexpr int64_t kLeastTokens = 64;
+  return kernels.pack_inputs != nullptr && tokens >= kLeastTokens && tokens <= kMaxPieces * kPackedTokens;
+}
+
+void pack_rows(const Kernels& kernels, const Activations& out, int64_t begin, int64_t end) {
+  if (!out.packed()) return;
+  kernels.pack_inputs(out.q(), out.tokens(), out.cols(), begin, end, out.packed(false));
+  if (out.wide()) kernels.pack_inputs(out.low(), out.tokens(), out.cols(), begin, end, out.packed(true));
+}
+
+Plan plan_prepare(const Activations& out, int64_t ps_each) {
+  Plan plan = plan_items(out.tokens(), ps_each, num_threads());
+  if (out.packed()) plan.chunk = (plan.chunk + kPackedTokens - 1) / kPackedTokens * kPackedTokens;
+  return plan;
 }
 
 void prepare_row(const Kernels& kernels, const float* x, int64_t n, const Norm& norm, const Rotation& rotation,

@@ -15,6 +15,11 @@ namespace {
 // 2048 elements take 1.4 us with norm and rotation (AVX-512); embedding and RoPE are in that range.
 constexpr int64_t kPsPerElement = 700;
 
+// Gates and ups of a piece, in floats: a quarter of the L2 of a Xeon with AMX, half of Zen 4's.
+constexpr int64_t kGateUpFloats = 64 * 1024;
+constexpr int64_t kLeastGateUpRows = 32;
+constexpr int64_t kMaxRows = int64_t{1} << 62;
+
 // Phases of a layer, in this order; `embed` comes before the first layer, two of the head after the last.
 enum Part { kPrepareQkv, kQkv, kRope, kAttention, kPrepareO, kO, kPrepareGateUp, kGateUp, kPrepareDown, kDown, kParts };
 
@@ -145,9 +150,8 @@ class Step final : public Program {
       case kPrepareGateUp:
         return begin_prepare(layer.gate_up, 2);
       case kGateUp:
-        gate_up_ = work_.gate_up.at_least(rows_ * 2 * inner);
         inner_ = work_.inner.at_least(rows_ * inner);
-        return begin_multiply(inner, 2);
+        return begin_multiply(inner, 2, std::max(kGateUpFloats / (2 * rows_), kLeastGateUpRows));
       default:
         return begin_prepare(layer.down, 3);
     }
@@ -164,15 +168,16 @@ class Step final : public Program {
     const int bits = input_.widths[layer_ * 4 + index];
     weights_ = linear.matrix->view(bits);
     magnitude_bits_ = linear.magnitude_bits[static_cast<size_t>(bits)];
-    work_.input.reshape(rows_, weights_.cols, magnitude_bits_ > kNarrowMagnitudeBits);
+    work_.input.reshape(rows_, weights_.cols, magnitude_bits_ > kNarrowMagnitudeBits, packs(kernels_, rows_));
     inputs_ = work_.input.view();
-    return split(rows_, plan_items(rows_, weights_.cols * kPsPerElement, threads_));
+    return split(rows_, plan_prepare(work_.input, weights_.cols * kPsPerElement));
   }
 
-  // Pieces of [0, rows), of which each stands for `matrices` rows of the weights.
-  int64_t begin_multiply(int64_t rows, int64_t matrices = 1) {
+  // Pieces of [0, rows), at most `most` each, of which each row stands for `matrices` rows of the weights.
+  int64_t begin_multiply(int64_t rows, int64_t matrices = 1, int64_t most = kMaxRows) {
     const int64_t input_rows = rows_ * (work_.input.wide() ? 2 : 1), cols = weights_.cols * matrices;
-    const MatmulPlan plan = plan_matmul(rows, cols, weights_.bits, input_rows, kernels_.gemm_inputs, threads_);
+    MatmulPlan plan = plan_matmul(rows, cols, weights_.bits, input_rows, kernels_.gemm_inputs, threads_);
+    if (plan.rows.threads > 1) plan.rows.chunk = std::min(plan.rows.chunk, most);
     kernel_ = plan.gemm ? kernels_.planes_gemm : kernels_.planes_gemv;
     return split(rows, plan.rows);
   }
@@ -190,7 +195,7 @@ class Step final : public Program {
       case kPrepareGateUp:
         return prepare(begin, end, x_, hidden_);
       case kQkv:
-        return multiply(begin, end, nullptr, qkv_);
+        return multiply(begin, end, {qkv_, nullptr, weights_.rows});
       case kRope:
         for (int64_t row = run_starts_[static_cast<size_t>(begin)]; row < run_starts_[static_cast<size_t>(end)];
              ++row) {
@@ -206,17 +211,11 @@ class Step final : public Program {
         for (int64_t row = begin; row < end; ++row) attention_->finish(kernels_, row, mixed_ + row * mixed_width_);
         return prepare(begin, end, mixed_, mixed_width_);
       case kGateUp:
-        multiply(begin, end, nullptr, gate_up_);
-        multiply(inner + begin, inner + end, nullptr, gate_up_);
-        for (int64_t row = 0; row < rows_; ++row) {
-          const float* gate = gate_up_ + row * weights_.rows + begin;
-          kernels_.swiglu(gate, gate + inner, end - begin, inner_ + row * inner + begin);
-        }
-        return;
+        return multiply_gate_up(begin, end, inner);
       case kPrepareDown:
         return prepare(begin, end, inner_, linear_->matrix->in_features());
       default:
-        return multiply(begin, end, x_, x_);
+        return multiply(begin, end, {x_, x_, weights_.rows});
     }
   }
 
@@ -236,15 +235,29 @@ class Step final : public Program {
     for (int64_t row = begin; row < end; ++row) {
       prepare_row(kernels_, x + row * n, n, linear_->norm, linear_->rotation, magnitude_bits_, work_.input, row);
     }
+    pack_rows(kernels_, work_.input, begin, end);
   }
 
-  void multiply(int64_t begin, int64_t end, const float* residual, float* out) {
-    kernel_(weights_, inputs_, {out, residual}, begin, end);
-    if (linear_->outliers != nullptr) linear_->outliers->add_product_rows(inputs_, weights_.cols, begin, end, out);
+  void multiply(int64_t begin, int64_t end, const OutputView& output) {
+    kernel_(weights_, inputs_, output, begin, end);
+    if (linear_->outliers != nullptr) linear_->outliers->add_product_rows(inputs_, weights_.cols, begin, end, output);
+  }
+
+  // Gates and what they weigh do not leave the L2.
+  void multiply_gate_up(int64_t begin, int64_t end, int64_t inner) {
+    thread_local std::vector<float> memory;
+    const int64_t width = end - begin;
+    memory.resize(std::max<size_t>(memory.size(), static_cast<size_t>(2 * rows_ * width)));
+    float *gate = memory.data(), *up = gate + rows_ * width;
+    multiply(begin, end, {gate, nullptr, width, begin});
+    multiply(inner + begin, inner + end, {up, nullptr, width, inner + begin});
+    for (int64_t row = 0; row < rows_; ++row) {
+      kernels_.swiglu(gate + row * width, up + row * width, width, inner_ + row * inner + begin);
+    }
   }
 
   void multiply_head(int64_t begin, int64_t end) {
-    multiply(begin, end, nullptr, logits_);
+    multiply(begin, end, {logits_, nullptr, weights_.rows});
     for (int64_t row = 0; row < rows_; ++row) {
       if (!all_finite(logits_ + row * weights_.rows + begin, end - begin)) finite_.store(false);
     }
@@ -310,7 +323,7 @@ class Step final : public Program {
   const int64_t layers_, hidden_, mixed_width_;
   int64_t rows_;
   const PlanesView embedding_;
-  float *x_, *qkv_, *mixed_, *gate_up_ = nullptr, *inner_ = nullptr;
+  float *x_, *qkv_, *mixed_, *inner_ = nullptr;
   std::vector<Place> places_;           // of the rows
   std::vector<int64_t> run_starts_{0};  // rows that one thread stores, and the end
   std::vector<CacheView> caches_;

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "apis/decoder.hpp"
+#include "runtime/pages.hpp"
 
 namespace taper {
 
@@ -13,14 +14,14 @@ class Floats {
  public:
   float* at_least(int64_t count) {
     if (count > size_) {
-      data_ = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(count));
+      data_.reset(static_cast<float*>(allocate_pages(count * static_cast<int64_t>(sizeof(float)))));
       size_ = count;
     }
     return data_.get();
   }
 
  private:
-  std::unique_ptr<float[]> data_;
+  Pages<float> data_;
   int64_t size_ = 0;
 };
 
@@ -28,11 +29,10 @@ class Workspace {
  public:
   explicit Workspace(const AttentionShape& shape) : all(shape), wanted(shape) {}
 
-  Floats x;        // (rows, hidden): the residual stream
-  Floats qkv;      // (rows, qkv_width)
-  Floats mixed;    // (rows, heads * head_dim)
-  Floats gate_up;  // (rows, 2 inner)
-  Floats inner;    // (rows, inner)
+  Floats x;      // (rows, hidden): the residual stream
+  Floats qkv;    // (rows, qkv_width)
+  Floats mixed;  // (rows, heads * head_dim)
+  Floats inner;  // (rows, inner)
   Activations input;
   AttentionWork all, wanted;  // of every row, and of the rows that the last layer goes on with
 };

@@ -41,11 +41,11 @@ void Outliers::add_product(const Activations& activations, float* out) const {
   const int64_t cols = activations.cols(), mean = starts_[rows_] / rows_ + 1;
   const Plan plan = plan_items(rows_, mean * inputs.tokens * kPsPerOutlier, num_threads());
   parallel_for(rows_, plan.chunk, plan.threads,
-               [&](int64_t begin, int64_t end) { add_product_rows(inputs, cols, begin, end, out); });
+               [&](int64_t begin, int64_t end) { add_product_rows(inputs, cols, begin, end, {out, nullptr, rows_}); });
 }
 
 void Outliers::add_product_rows(const ActivationsView& inputs, int64_t cols, int64_t begin, int64_t end,
-                                float* out) const {
+                                const OutputView& output) const {
   for (int64_t row = begin; row < end; ++row) {
     if (starts_[row] == starts_[row + 1]) continue;
     for (int64_t t = 0; t < inputs.tokens; ++t) {
@@ -55,7 +55,7 @@ void Outliers::add_product_rows(const ActivationsView& inputs, int64_t cols, int
         const int q = inputs.low == nullptr ? inputs.q[at] : (inputs.q[at] << kInputShift) + inputs.low[at];
         sum = sum + reference::from_half(values_[i]) * static_cast<float>(q);
       }
-      float& y = out[t * rows_ + row];
+      float& y = output.out[output.at(t, row)];
       y = y + sum * inputs.scale[t];
     }
   }

@@ -22,7 +22,8 @@ class Outliers {
   void add_product(const Activations& activations, float* out) const;
 
   // The same for rows begin .. end - 1, on this thread; checks nothing.
-  void add_product_rows(const ActivationsView& inputs, int64_t cols, int64_t begin, int64_t end, float* out) const;
+  void add_product_rows(const ActivationsView& inputs, int64_t cols, int64_t begin, int64_t end,
+                        const OutputView& output) const;
 
   // out (count, in_features) += the rows named by `indices`.
   void add_rows(const int64_t* indices, int64_t count, float* out) const;

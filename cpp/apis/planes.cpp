@@ -113,7 +113,7 @@ void PlanedMatrix::matmul(const Activations& activations, int bits, const float*
   const MatmulPlan plan = plan_matmul(weights.rows, cols_, bits, input_rows, table.gemm_inputs, num_threads());
   const auto kernel = plan.gemm ? table.planes_gemm : table.planes_gemv;
   const ActivationsView inputs = activations.view();
-  const OutputView output{out, residual};
+  const OutputView output{out, residual, weights.rows};
   parallel_for(weights.rows, plan.rows.chunk, plan.rows.threads,
                [&](int64_t begin, int64_t end) { kernel(weights, inputs, output, begin, end); });
 }

@@ -6,6 +6,7 @@
 #include "apis/check.hpp"
 #include "bindings/bindings.hpp"
 #include "bindings/buffers.hpp"
+#include "runtime/dispatch.hpp"
 
 namespace taper {
 namespace {
@@ -61,7 +62,7 @@ Activations prepare_rows(nb::handle x, int64_t cols, nb::handle signs, int64_t b
   const OptionalVector sign_values(signs, "signs", n), gains(gain, "gain", n);
   require(gains.data() == nullptr || !eps.is_none(), "gain is given without eps, which a norm needs");
   const Norm norm{!eps.is_none(), gains.data(), eps.is_none() ? 0.0f : nb::cast<float>(eps)};
-  Activations out(rows.shape(0), cols, magnitude_bits > kNarrowMagnitudeBits);
+  Activations out(rows.shape(0), cols, magnitude_bits > kNarrowMagnitudeBits, packs(kernels(), rows.shape(0)));
   nb::gil_scoped_release release;
   prepare(rows.as<float>(), n, norm, {sign_values.data(), block}, magnitude_bits, out);
   return out;
@@ -72,7 +73,7 @@ Activations prepare_swiglu_rows(nb::handle gate_up, int64_t cols, nb::handle sig
   require(rows.shape(1) % 2 == 0, "gate_up has ", rows.shape(1), " columns, expected an even number");
   const int64_t n = rows.shape(1) / 2;
   const OptionalVector sign_values(signs, "signs", n);
-  Activations out(rows.shape(0), cols, magnitude_bits > kNarrowMagnitudeBits);
+  Activations out(rows.shape(0), cols, magnitude_bits > kNarrowMagnitudeBits, packs(kernels(), rows.shape(0)));
   nb::gil_scoped_release release;
   prepare_swiglu(rows.as<float>(), n, {sign_values.data(), block}, magnitude_bits, out);
   return out;

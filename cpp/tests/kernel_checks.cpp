@@ -109,7 +109,7 @@ std::vector<int8_t> tables_of(int64_t count, int bits) {
 
 void compare_products(const PlanesCase& c, const PlanesView& weights, const ActivationsView& inputs, bool extras) {
   const std::vector<float> residual = floats(c.tokens * c.rows);
-  const auto check = [&](const char* operation, auto kernel, int64_t begin, int64_t end) {
+  const auto check = [&](const char* operation, auto kernel, int64_t begin, int64_t end, bool narrow = false) {
     const std::string what = describe(operation, {{"rows", c.rows},
                                                   {"from", begin},
                                                   {"to", end},
@@ -120,15 +120,18 @@ void compare_products(const PlanesCase& c, const PlanesView& weights, const Acti
                                                   {"wide values", c.wide_values},
                                                   {"wide inputs", c.wide_inputs}});
     compare(what, [&](const Kernels& k) {
-      std::vector<float> out(residual);
-      (k.*kernel)(weights, inputs, {out.data(), extras ? out.data() : nullptr}, begin, end);
+      const int64_t first = narrow ? begin : 0, width = narrow ? end - begin : c.rows;
+      std::vector<float> out(residual.begin(), residual.begin() + c.tokens * width);
+      (k.*kernel)(weights, inputs, {out.data(), extras ? out.data() : nullptr, width, first}, begin, end);
       return words(out);
     });
   };
   check("planes_gemv", &Kernels::planes_gemv, 0, c.rows);
   check("planes_gemm", &Kernels::planes_gemm, 0, c.rows);
-  check("planes_gemv", &Kernels::planes_gemv, c.rows / 3, c.rows - c.rows / 4);
-  check("planes_gemm", &Kernels::planes_gemm, c.rows / 3, c.rows - c.rows / 4);
+  for (const bool narrow : {false, true}) {
+    check("planes_gemv", &Kernels::planes_gemv, c.rows / 3, c.rows - c.rows / 4, narrow);
+    check("planes_gemm", &Kernels::planes_gemm, c.rows / 3, c.rows - c.rows / 4, narrow);
+  }
   compare(describe("planes_unpack", {{"columns", c.cols}, {"bits", c.bits}}), [&](const Kernels& k) {
     std::vector<int8_t> values(c.cols);
     k.planes_unpack(weights, c.rows - 1, values.data());

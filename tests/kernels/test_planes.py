@@ -149,6 +149,19 @@ def test_every_small_batch(isa, bits):
             assert_same_bits(planes.matmul(some, bits), matrix.expected(some, bits, None))
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("tokens", "width"), [(64, 1984), (101, 576), (150, 16384)])
+@pytest.mark.parametrize("magnitude_bits", [7, 14])
+def test_many_tokens(isa, tokens, width, magnitude_bits):
+    """Enough that activations are packed for AMX, and at 16384 columns more than pass over the weights at once."""
+    matrix = Matrix.random(tokens, 37, width, range(4, 5), level_rows=False, bias=True)
+    planes, residual = matrix.native(), rows(1, tokens, 37)
+    with kernels.use_isa(isa), threads(2):
+        x = activations(2, tokens, width, magnitude_bits)
+        y = planes.matmul(x, 4, residual)
+    assert_same_bits(y, matrix.expected(x, 4, residual))
+
+
 @settings(max_examples=80, deadline=None)
 @given(
     seeds,

@@ -39,7 +39,11 @@ struct ActivationsView {
   int64_t tokens;
   const int8_t* low = nullptr;       // like q, or null: an activation is 256 * q + low
   const int32_t* low_sum = nullptr;  // (tokens) sum of low
+  const int8_t* packed = nullptr;    // q, and low, as pack_inputs leaves them; or null
+  const int8_t* packed_low = nullptr;
 };
+
+constexpr int64_t kPackedTokens = 16;
 
 // One row of activations to be filled; low and low_sum are null where magnitude_bits are at most 7.
 struct QuantizedRow {
@@ -50,9 +54,14 @@ struct QuantizedRow {
   int32_t* low_sum;
 };
 
+// Rows first_row .. first_row + width - 1 of the results, all of the matrix or a part.
 struct OutputView {
-  float* out;             // (tokens, rows)
-  const float* residual;  // (tokens, rows), may be out itself, or null
+  float* out;             // (tokens, width)
+  const float* residual;  // (tokens, width), may be out itself, or null
+  int64_t width;
+  int64_t first_row = 0;
+
+  int64_t at(int64_t token, int64_t row) const { return token * width + row - first_row; }
 };
 
 enum class KvType : int { f16 = 0, f32 = 1 };
@@ -185,6 +194,9 @@ struct Kernels {
   int64_t gemm_inputs;
   void (*planes_gemv)(const PlanesView&, const ActivationsView&, const OutputView&, int64_t row_begin, int64_t row_end);
   void (*planes_gemm)(const PlanesView&, const ActivationsView&, const OutputView&, int64_t row_begin, int64_t row_end);
+  // Or null. The tokens [begin, end) of q (tokens, cols), begin a multiple of kPackedTokens, in the order in which
+  // planes_gemm multiplies them; packed: (tokens rounded up to a multiple, cols) of all tokens.
+  void (*pack_inputs)(const int8_t* q, int64_t tokens, int64_t cols, int64_t begin, int64_t end, int8_t* packed);
   // One row's values of `table` in column order: out (cols).
   void (*planes_unpack)(const PlanesView&, int64_t row, int8_t* out);
 

@@ -44,7 +44,7 @@ inline void store_floats(const PlanesView& w, const ActivationsView& x, const Ou
   const __m128 scale = _mm_mul_ps(_mm_maskload_ps(w.row_scale + row, mask), alpha);
   __m128 out = _mm_mul_ps(acc, scale);
   if (w.bias != nullptr) out = _mm_add_ps(out, _mm_maskload_ps(w.bias + row, mask));
-  const int64_t at = token * w.rows + row;
+  const int64_t at = y.at(token, row);
   if (y.residual != nullptr) out = _mm_add_ps(_mm_maskload_ps(y.residual + at, mask), out);
   _mm_maskstore_ps(y.out + at, mask, out);
 }

@@ -11,6 +11,7 @@ const Kernels* avx2_kernels() {
       kGemmInputs,
       avx2::planes_gemv,
       avx2::planes_gemm,
+      nullptr,
       avx2::planes_unpack,
       avx2::rms_norm,
       avx2::rotate,

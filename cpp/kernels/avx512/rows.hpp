@@ -51,7 +51,7 @@ inline void store_floats(const PlanesView& w, const ActivationsView& x, const Ou
   const __m128 scale = _mm_mul_ps(_mm_maskz_loadu_ps(mask, w.row_scale + row), alpha);
   __m128 out = _mm_mul_ps(acc, scale);
   if (w.bias != nullptr) out = _mm_add_ps(out, _mm_maskz_loadu_ps(mask, w.bias + row));
-  const int64_t at = token * w.rows + row;
+  const int64_t at = y.at(token, row);
   if (y.residual != nullptr) out = _mm_add_ps(_mm_maskz_loadu_ps(mask, y.residual + at), out);
   _mm_mask_storeu_ps(y.out + at, mask, out);
 }

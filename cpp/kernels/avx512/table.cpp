@@ -12,6 +12,7 @@ const Kernels* avx512_kernels() {
       kGemmInputs,
       avx512::planes_gemv,
       avx512::planes_gemm,
+      nullptr,
       avx512::planes_unpack,
       avx512::rms_norm,
       avx512::rotate,

@@ -64,7 +64,7 @@ inline float32x4_t join(const PlanesView& w, const ActivationsView& x, const int
 inline void store_rows(const PlanesView& w, const ActivationsView& x, const OutputView& y, int64_t token, int64_t row,
                        int count, const int32x4_t* high, const int32x4_t* low) {
   const float alpha = x.scale[token] * w.level_scale;
-  const int64_t at = token * w.rows + row;
+  const int64_t at = y.at(token, row);
   float32x4_t out = vmulq_f32(join(w, x, high, low), vmulq_n_f32(load_floats(w.row_scale + row, count), alpha));
   if (w.bias != nullptr) out = vaddq_f32(out, load_floats(w.bias + row, count));
   if (y.residual != nullptr) out = vaddq_f32(load_floats(y.residual + at, count), out);

@@ -10,6 +10,7 @@ const Kernels* neon_kernels() {
       kGemmInputs,
       neon::planes_gemv,
       neon::planes_gemm,
+      nullptr,
       neon::planes_unpack,
       neon::rms_norm,
       neon::rotate,

@@ -55,8 +55,9 @@ void planes_gemv(const PlanesView& weights, const ActivationsView& inputs, const
       const float alpha = inputs.scale[t] * weights.level_scale;
       float y = static_cast<float>(sum) * (weights.row_scale[row] * alpha);
       if (weights.bias != nullptr) y = y + weights.bias[row];
-      if (output.residual != nullptr) y = output.residual[t * weights.rows + row] + y;
-      output.out[t * weights.rows + row] = y;
+      const int64_t at = output.at(t, row);
+      if (output.residual != nullptr) y = output.residual[at] + y;
+      output.out[at] = y;
     }
   }
 }

@@ -8,6 +8,7 @@ const Kernels* reference_kernels() {
       1,  // both are the same
       reference::planes_gemv,
       reference::planes_gemm,
+      nullptr,
       reference::planes_unpack,
       reference::rms_norm,
       reference::rotate,
