@@ -191,6 +191,16 @@ def test_missing_file_and_folder(tmp_path):
         TaperFile.open(tmp_path)
 
 
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").is_dir(), reason="a system without huge pages"
+)
+def test_mapping_asks_for_huge_pages(taper_file):
+    file = TaperFile.open(taper_file)
+    mapped = Path("/proc/self/smaps").read_text().partition(str(taper_file))[2]
+    assert file.max_bits
+    assert "hg" in mapped.partition("VmFlags:")[2].partition("\n")[0].split()
+
+
 def test_newer_format_is_named(taper_file, tmp_path):
     path = tmp_path / "newer.taper"
     path.write_bytes(taper_file.read_bytes().replace(b'"taper/1"', b'"taper/2"'))
