@@ -14,10 +14,26 @@
 
 namespace taper::lanes {
 
-// Sixteen multiply-adds a line hide the latency of memory only when the line was asked for long before: 8192 entries of
-// 4 KV heads and 8 query heads each, two threads, cold: 451 us; into L1 503, 2 KB ahead into L1 556.
-constexpr int64_t kPrefetchBytes = 4096;
 constexpr int kIntoL2 = 2;  // of __builtin_prefetch
+constexpr int64_t kLine = 64;
+
+// Lines in the order of memory, asked for beside arithmetic: the values while keys are multiplied, the next chunk's
+// keys while values are. A few KB ahead of each load, as before, the stream waited at the end of every 32 KB, and two
+// blocks of keys at once are no order that a processor's own prefetcher knows.
+class Lines {
+ public:
+  Lines(const void* begin, int64_t bytes) : at_(static_cast<const char*>(begin)), end_(at_ + bytes) {}
+
+  template <int kCount>
+  TAPER_INLINE void ask() {
+    if (at_ >= end_) return;
+    unroll<kCount>([&](auto i) TAPER_INLINE { __builtin_prefetch(at_ + i * kLine, 0, kIntoL2); });
+    at_ += kCount * kLine;
+  }
+
+ private:
+  const char *at_, *end_;
+};
 
 // Calls f.template operator()<n>(first) for the heads in runs of n <= V::kHeads from `first` on.
 template <class V, class F>
@@ -32,17 +48,17 @@ TAPER_INLINE inline void for_heads(int64_t heads, const F& f) {
 
 // kBlocks blocks of sixteen scores of kHeads heads.
 template <class V, int kHeads, int kBlocks, class T>
-TAPER_INLINE inline void score_blocks(const float* q, const T* keys, int64_t dim, float scale, float* scores) {
+TAPER_INLINE inline void score_blocks(const float* q, const T* keys, int64_t dim, float scale, float* scores,
+                                      Lines* values) {
   using F = typename V::F;
+  constexpr int64_t kBytes = kBlocks * kKeyBlock * sizeof(T);  // of values for an element of keys
+  Lines lines = *values;
   F acc[kHeads * kBlocks];
   unroll<kHeads * kBlocks>([&](auto i) TAPER_INLINE { acc[i] = V::zero(); });
   for (int64_t d = 0; d < dim; ++d) {
+    lines.ask<(kBytes + kLine - 1) / kLine>();
     F k[kBlocks];
-    unroll<kBlocks>([&](auto b) TAPER_INLINE {
-      const T* line = keys + (b * dim + d) * kKeyBlock;
-      __builtin_prefetch(reinterpret_cast<const char*>(line) + kPrefetchBytes, 0, kIntoL2);
-      k[b] = V::load(line);
-    });
+    unroll<kBlocks>([&](auto b) TAPER_INLINE { k[b] = V::load(keys + (b * dim + d) * kKeyBlock); });
     unroll<kHeads>([&](auto h) TAPER_INLINE {
       const F query = V::set(q[h * dim + d]);
       unroll<kBlocks>([&](auto b) TAPER_INLINE { acc[h * kBlocks + b] = V::fma(query, k[b], acc[h * kBlocks + b]); });
@@ -54,6 +70,7 @@ TAPER_INLINE inline void score_blocks(const float* q, const T* keys, int64_t dim
       V::store(scores + h * kAttentionChunk + b * kKeyBlock, V::mul(acc[h * kBlocks + b], factor));
     });
   });
+  *values = lines;
 }
 
 // Registers of sums that each of some heads gets: a multiply-add takes four cycles, so that two ports want eight at
@@ -71,11 +88,11 @@ TAPER_INLINE inline void in_steps(int64_t count, const Body& body, int64_t i = 0
 }
 
 template <class V, int kHeads, class T>
-inline void score_heads(const AttentionArgs& args, const float* q, float* scores) {
+inline void score_heads(const AttentionArgs& args, const float* q, float* scores, Lines* values) {
   const T* keys = static_cast<const T*>(args.keys);
   const int64_t dim = args.head_dim, blocks = (args.num_entries + kKeyBlock - 1) / kKeyBlock;
   in_steps<kSumsOfHead<V, kHeads>>(blocks, [&]<int kBlocks>(int64_t b) TAPER_INLINE {
-    score_blocks<V, kHeads, kBlocks>(q, keys + b * kKeyBlock * dim, dim, args.scale, scores + b * kKeyBlock);
+    score_blocks<V, kHeads, kBlocks>(q, keys + b * kKeyBlock * dim, dim, args.scale, scores + b * kKeyBlock, values);
   });
 }
 
@@ -108,17 +125,17 @@ inline void softmax(float* scores, int64_t n, float* max_score, float* sum, cons
 // kVectors groups of lanes of the values' elements, or, with a `count`, the first `count` lanes of one.
 template <class V, int kHeads, int kVectors, class T>
 TAPER_INLINE inline void weighted_block(const T* values, int64_t dim, int64_t num_entries, const float* weights,
-                                        float* out, int64_t count = 0) {
+                                        float* out, Lines* next_keys, int64_t count = 0) {
   using F = typename V::F;
+  Lines lines = *next_keys;
   F acc[kHeads * kVectors];
   unroll<kHeads * kVectors>([&](auto i) TAPER_INLINE { acc[i] = V::zero(); });
   for (int64_t t = 0; t < num_entries; ++t) {
     const T* value = values + t * dim;
+    lines.ask<(kVectors * kLanes * sizeof(T) + kLine - 1) / kLine>();
     F v[kVectors];
-    unroll<kVectors>([&](auto n) TAPER_INLINE {
-      __builtin_prefetch(reinterpret_cast<const char*>(value + n * kLanes) + kPrefetchBytes, 0, kIntoL2);
-      v[n] = count ? V::load_first(value, count) : V::load(value + n * kLanes);
-    });
+    unroll<kVectors>([&](auto n)
+                         TAPER_INLINE { v[n] = count ? V::load_first(value, count) : V::load(value + n * kLanes); });
     unroll<kHeads>([&](auto h) TAPER_INLINE {
       const F w = V::set(weights[h * kAttentionChunk + t]);
       unroll<kVectors>([&](auto n) TAPER_INLINE { acc[h * kVectors + n] = V::fma(w, v[n], acc[h * kVectors + n]); });
@@ -130,29 +147,36 @@ TAPER_INLINE inline void weighted_block(const T* values, int64_t dim, int64_t nu
       count ? V::store_first(target, acc[h * kVectors + n], count) : V::store(target, acc[h * kVectors + n]);
     });
   });
+  *next_keys = lines;
 }
 
 template <class V, int kHeads, class T>
-inline void weigh_heads(const AttentionArgs& args, const float* weights, float* out) {
+inline void weigh_heads(const AttentionArgs& args, const float* weights, float* out, Lines* next_keys) {
   const T* values = static_cast<const T*>(args.values);
   const int64_t dim = args.head_dim, entries = args.num_entries, whole = dim / kLanes * kLanes;
   in_steps<kSumsOfHead<V, kHeads>>(dim / kLanes, [&]<int kVectors>(int64_t v) TAPER_INLINE {
-    weighted_block<V, kHeads, kVectors>(values + v * kLanes, dim, entries, weights, out + v * kLanes);
+    weighted_block<V, kHeads, kVectors>(values + v * kLanes, dim, entries, weights, out + v * kLanes, next_keys);
   });
-  if (whole < dim) weighted_block<V, kHeads, 1>(values + whole, dim, entries, weights, out + whole, dim - whole);
+  if (whole < dim) {
+    weighted_block<V, kHeads, 1>(values + whole, dim, entries, weights, out + whole, next_keys, dim - whole);
+  }
 }
 
 template <class V, class T>
 inline void attend(const AttentionArgs& args, const AttentionState& out) {
   alignas(64) float scores[kAttentionHeads * kAttentionChunk];
+  constexpr int64_t kBytes = kAttentionChunk * sizeof(T);  // of an element of all entries
+  Lines values(args.values, args.num_entries * args.head_dim * static_cast<int64_t>(sizeof(T)));
+  Lines next_keys(static_cast<const char*>(args.keys) + kBytes * args.head_dim,
+                  args.num_entries < kAttentionChunk ? 0 : kBytes * args.head_dim);
   for_heads<V>(args.heads, [&]<int kHeads>(int64_t h) TAPER_INLINE {
-    score_heads<V, kHeads, T>(args, args.q + h * args.head_dim, scores + h * kAttentionChunk);
+    score_heads<V, kHeads, T>(args, args.q + h * args.head_dim, scores + h * kAttentionChunk, &values);
   });
   for (int64_t h = 0; h < args.heads; ++h) {
     softmax<V>(scores + h * kAttentionChunk, args.num_entries, out.max + h, out.sum + h, [] {});
   }
   for_heads<V>(args.heads, [&]<int kHeads>(int64_t h) TAPER_INLINE {
-    weigh_heads<V, kHeads, T>(args, scores + h * kAttentionChunk, out.acc + h * args.head_dim);
+    weigh_heads<V, kHeads, T>(args, scores + h * kAttentionChunk, out.acc + h * args.head_dim, &next_keys);
   });
 }
 
