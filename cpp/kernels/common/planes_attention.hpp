@@ -58,19 +58,6 @@ TAPER_INLINE inline void with_planes(int bits, bool half, const F& f) {
   f.template operator()<kPlanes, false>();
 }
 
-// The first `entries` values of one head in a block, with whole lines to the end.
-template <class I>
-inline void unpack_part(const PlanesPart& part, int stored, int upper, int64_t dim, int64_t entries, int8_t* out) {
-  const int64_t lines = (entries * dim / 8 + kLineBytes - 1) / kLineBytes;
-  with_planes(part.bits, part.bits < stored, [&]<int kPlanes, bool kHalf>() TAPER_INLINE {
-    const uint8_t* planes[1 + kPlanes] = {part.upper};
-    for (int j = 0; j < kPlanes; ++j) planes[1 + j] = magnitude_plane(part, upper, j, dim);
-    for (int64_t line = 0; line < lines; ++line) {
-      I::template unpack<kPlanes, kHalf>(planes, line * kLineBytes, out + line * kLineBytes * 8);
-    }
-  });
-}
-
 // What one is worth in each entry's group: `units` (64). Returns whether the first n are finite.
 template <class I>
 inline bool unpack_units(const PlanesPart& part, int stored, int64_t group, int64_t n, float* units) {
@@ -149,6 +136,27 @@ class Ahead {
   int64_t plane_, lines_;
 };
 
+// Asks while a line of every plane is unpacked, and while one head's weights become integers: by their time beside a
+// step of a product. With none there a core waited for its line buffers a quarter of the time (Xeon, 7 bits, 8192
+// entries).
+constexpr int kAsksOfLine = 3;
+constexpr int kAsksOfWeights = 2;
+
+// The first `entries` values of one head in a block, with whole lines to the end.
+template <class I>
+inline void unpack_part(const PlanesPart& part, int stored, int upper, int64_t dim, int64_t entries, Ahead* ahead,
+                        int8_t* out) {
+  const int64_t lines = (entries * dim / 8 + kLineBytes - 1) / kLineBytes;
+  with_planes(part.bits, part.bits < stored, [&]<int kPlanes, bool kHalf>() TAPER_INLINE {
+    const uint8_t* planes[1 + kPlanes] = {part.upper};
+    for (int j = 0; j < kPlanes; ++j) planes[1 + j] = magnitude_plane(part, upper, j, dim);
+    for (int64_t line = 0; line < lines; ++line) {
+      for (int i = 0; i < kAsksOfLine; ++i) ahead->ask();
+      I::template unpack<kPlanes, kHalf>(planes, line * kLineBytes, out + line * kLineBytes * 8);
+    }
+  });
+}
+
 // Scores of kHeads heads for kRuns sixteens of entries. A word of q is loaded for both: with one run the loads, nine
 // for eight dot products, were the limit.
 template <class V, class I, int kHeads, int kRuns>
@@ -192,7 +200,7 @@ inline void score_block(const PlanesAttentionArgs& args, PlanesScratch& work, in
   const int64_t dim = f.head_dim, groups = dim / planes_group(dim);
   const int64_t left = args.num_entries - block * kBlockEntries, entries = left < kBlockEntries ? left : kBlockEntries;
   const PlanesPart& part = args.keys[block];
-  unpack_part<I>(part, f.key_bits, f.key_upper, dim, (entries + kKeyEntries - 1) / kKeyEntries * kKeyEntries,
+  unpack_part<I>(part, f.key_bits, f.key_upper, dim, (entries + kKeyEntries - 1) / kKeyEntries * kKeyEntries, ahead,
                  work.entries);
   for (int64_t g = 0; g < groups; ++g) unpack_units<I>(part, f.key_bits, g, entries, work.units + g * kBlockEntries);
   const int64_t runs = (entries + kKeyEntries - 1) / kKeyEntries;
@@ -270,11 +278,12 @@ inline void weigh_block(const PlanesAttentionArgs& args, PlanesScratch& work, in
   const int64_t dim = f.head_dim, group = planes_group(dim), begin = block * kBlockEntries;
   const int64_t left = args.num_entries - begin, n = left < kBlockEntries ? left : kBlockEntries;
   const PlanesPart& part = args.values[block];
-  unpack_part<I>(part, f.value_bits, f.value_upper, dim, (n + kValueEntries - 1) / kValueEntries * kValueEntries,
+  unpack_part<I>(part, f.value_bits, f.value_upper, dim, (n + kValueEntries - 1) / kValueEntries * kValueEntries, ahead,
                  work.entries);
   for (int64_t g = 0; g < dim / group; ++g) {
     const bool finite = unpack_units<I>(part, f.value_bits, g, n, work.units);
     for (int64_t h = 0; h < args.heads; ++h) {
+      for (int i = 0; i < kAsksOfWeights; ++i) ahead->ask();
       quantize_weights<V, I>(work.scores + h * kAttentionChunk + begin, work.units, n, finite,
                              work.weights + h * kBlockEntries, work.weight_scales + h);
     }
@@ -289,6 +298,10 @@ inline void weigh_block(const PlanesAttentionArgs& args, PlanesScratch& work, in
   }
 }
 
+inline int64_t asks_of_unpacking(const PlanesAttentionArgs& args) {
+  return args.num_entries * args.format.head_dim / (8 * kLineBytes) * kAsksOfLine;
+}
+
 // How often weigh_block asks for a line of what comes next, all blocks together.
 template <class I>
 inline int64_t asks_of_weights(const PlanesAttentionArgs& args) {
@@ -298,7 +311,10 @@ inline int64_t asks_of_weights(const PlanesAttentionArgs& args) {
     constexpr int kHeads = kHeadsOfSums<I, kVectors>;
     passes = args.heads / kHeads + args.heads % kHeads;
   });
-  return args.format.head_dim / group * passes * ((args.num_entries + kValueEntries - 1) / kValueEntries);
+  const int64_t blocks = (args.num_entries + kBlockEntries - 1) / kBlockEntries;
+  const int64_t of_group =
+      passes * ((args.num_entries + kValueEntries - 1) / kValueEntries) + blocks * args.heads * kAsksOfWeights;
+  return args.format.head_dim / group * of_group + asks_of_unpacking(args);
 }
 
 // The same of score_block and the softmax. Scores alone would ask for a line every twelve cycles, more than a core has
@@ -307,7 +323,8 @@ template <class V>
 inline int64_t asks_of_scores(const PlanesAttentionArgs& args) {
   constexpr int64_t kPair = 2 * kKeyEntries;
   const int64_t passes = (args.heads + V::kHeads - 1) / V::kHeads, pairs = (args.num_entries + kPair - 1) / kPair;
-  return passes * pairs * args.format.head_dim / kKeyElements + args.heads * (args.num_entries / kLanes);
+  return passes * pairs * args.format.head_dim / kKeyElements + args.heads * (args.num_entries / kLanes) +
+         asks_of_unpacking(args);
 }
 
 template <class V, class I>
