@@ -67,7 +67,7 @@ def float_calls(torch: Any, shape: Shape, name: str) -> list[Callable[[], object
 def rounds(torch: Any, pool: Pool, case: Case, num_samples: int) -> dict[str, list[float]]:
     """Seconds a call of each side, round by round."""
     shape = (case.out_features, case.in_features)
-    x = activations(1, case.in_features)
+    x = activations(case)
     sides: dict[str, list[Callable[[], object]]] = {
         "planes": [lambda m=m: m.matmul(x, case.bits) for m in pool.matrices(case)],
         **{name: float_calls(torch, shape, name) for name in TYPES},
@@ -131,7 +131,7 @@ def main() -> None:
     step: dict[str, list[float]] = {}
     for layer in args.layers:
         shape, count = LAYERS[layer]
-        case = Case(kernels.isa(), *shape, args.bits, 1, args.threads, True)
+        case = Case(kernels.isa(), *shape, args.bits, 1, args.threads, cold=True, wide=False)
         taken = rounds(torch, pool, case, args.samples)
         for name, times in taken.items():
             sums = step.setdefault(name, [0.0] * args.samples)

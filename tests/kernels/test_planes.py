@@ -153,7 +153,7 @@ def test_every_small_batch(isa, bits):
 @pytest.mark.parametrize(("tokens", "width"), [(64, 1984), (101, 576), (150, 16384)])
 @pytest.mark.parametrize("magnitude_bits", [7, 14])
 def test_many_tokens(isa, tokens, width, magnitude_bits):
-    """Enough that activations are packed for AMX, and at 16384 columns more than pass over the weights at once."""
+    """So many that AMX has them packed; of 16384 columns more than pass over the weights at once."""
     matrix = Matrix.random(tokens, 37, width, range(4, 5), level_rows=False, bias=True)
     planes, residual = matrix.native(), rows(1, tokens, 37)
     with kernels.use_isa(isa), threads(2):
