@@ -17,8 +17,8 @@ constexpr int64_t kChunksPerThread = 8;
 // A chunk of planes begins its streams anew: 2048 x 2048 at 2 bits on two threads take 32.3 / 32.8 / 33.5 / 35.4 us in
 // 2 / 4 / 8 / 16 chunks a thread.
 constexpr int64_t kMatmulChunksPerThread = 4;
-// Less than this is not cut further: 135 M shape, Xeon, two threads, 3 and 2 bits: 473 and 532 tok/s in eight chunks
-// each, 501 and 578 with pieces of at least this much by the formula above.
+// By the formula above, less than this is not cut further. 135 M shape, Xeon, two threads, 3 and 2 bits: 466 and 527
+// tok/s in eight chunks each, 490 and 570 so.
 constexpr int64_t kPsPerMatmulChunk = 12'000'000;
 constexpr int64_t kRowAlignment = 16;   // output rows of one cache line
 constexpr int64_t kGemmAlignment = 32;  // rows that a matrix kernel multiplies together
