@@ -86,6 +86,17 @@ def test_exp_is_within_two_ulp_of_the_exponential():
     assert (np.abs(kernels.exp(x) - exact) <= 2 * 2.0**-23 * exact).all()
 
 
+def test_the_weights_of_a_softmax_are_as_exact_as_the_largest_needs():
+    x = np.linspace(-90, 0, 200_001, dtype=np.float32)
+    found = oracle.weight32(x)
+    # Of x * log2(e), |t| units of 2**-24 are lost; |t| * 2**t is at most 0.54. The polynomial's own error is
+    # 0.92 and its roundings' 1.5 units of 2**-24, both relative; below 2**-100 the weight stays there.
+    assert (np.abs(found - np.exp(x.astype(np.float64))) <= 3 * 2.0**-24).all()
+    assert found[-1] == 1
+    assert oracle.weight32(np.array([-np.inf], np.float32))[0] == 2.0**-100
+    assert np.isnan(oracle.weight32(np.array([np.nan], np.float32))[0])
+
+
 def test_exp_at_the_ends_of_its_range():
     x = np.array([-np.inf, -87.00001, -87.0, 0.0, -0.0, 88.0, 200.0, np.inf, np.nan], np.float32)
     y = kernels.exp(x)

@@ -67,6 +67,9 @@ struct Vec16 {
     const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
   }
+  static void largest_of_four(const F* x, float* out) {
+    for (int i = 0; i < 4; ++i) out[i] = largest(x[i]);
+  }
   static bool all_zero(F x) {  // NaN is not
     const __m256 none = _mm256_setzero_ps();
     return _mm256_movemask_ps(

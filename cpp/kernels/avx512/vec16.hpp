@@ -41,7 +41,15 @@ struct Vec16 {
   static F min(F a, F b) { return _mm512_min_ps(a, b); }  // a < b ? a : b
   static F rint(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static F abs(F a) { return _mm512_abs_ps(a); }
-  static float largest(F x) { return _mm512_reduce_max_ps(x); }                          // without NaN
+  static float largest(F x) { return _mm512_reduce_max_ps(x); }  // without NaN
+  // Four such numbers, of x[0] .. x[3].
+  static void largest_of_four(const F* x, float* out) {
+    const F a = max(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
+    const F b = max(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
+    const F four = max(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+    const __m256 eight = _mm256_max_ps(_mm512_castps512_ps256(four), _mm512_extractf32x8_ps(four, 1));
+    _mm_storeu_ps(out, _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1)));
+  }
   static bool all_zero(F x) { return _mm512_cmp_ps_mask(x, zero(), _CMP_NEQ_UQ) == 0; }  // NaN is not
   static F zero_where_less(F x, F limit, F y) {                                          // x < limit ? 0 : y
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, limit, _CMP_NLT_UQ), y);

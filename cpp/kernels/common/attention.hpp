@@ -96,8 +96,8 @@ inline void score_heads(const AttentionArgs& args, const float* q, float* scores
   });
 }
 
-// Turns n scores into weights in place; lanes past n of the last block hold scores of no entry. Calls `beside()` for
-// every whole sixteen.
+// Turns n scores into weights in place; lanes past n of the last block hold scores of no entry. Calls `beside(t)`
+// for every whole sixteen.
 template <class V, class Beside>
 inline void softmax(float* scores, int64_t n, float* max_score, float* sum, const Beside& beside) {
   const float lowest = -std::numeric_limits<float>::infinity();
@@ -109,13 +109,13 @@ inline void softmax(float* scores, int64_t n, float* max_score, float* sum, cons
   for_each_group<V>(
       n,
       [&](int64_t t) {
-        beside();
-        const auto w = exp_bounded<V>(V::sub(V::load(scores + t), V::set(max)));
+        beside(t);
+        const auto w = softmax_weight<V>(V::sub(V::load(scores + t), V::set(max)));
         V::store(scores + t, w);
         sums = V::add(sums, w);
       },
       [&](int64_t t, int64_t count) {
-        V::store(scores + t, exp_bounded<V>(V::sub(V::load(scores + t), V::set(max))));
+        V::store(scores + t, softmax_weight<V>(V::sub(V::load(scores + t), V::set(max))));
         sums = V::add(sums, V::load_first(scores + t, count));
       });
   *max_score = max;
@@ -173,7 +173,7 @@ inline void attend(const AttentionArgs& args, const AttentionState& out) {
     score_heads<V, kHeads, T>(args, args.q + h * args.head_dim, scores + h * kAttentionChunk, &values);
   });
   for (int64_t h = 0; h < args.heads; ++h) {
-    softmax<V>(scores + h * kAttentionChunk, args.num_entries, out.max + h, out.sum + h, [] {});
+    softmax<V>(scores + h * kAttentionChunk, args.num_entries, out.max + h, out.sum + h, [](int64_t) {});
   }
   for_heads<V>(args.heads, [&]<int kHeads>(int64_t h) TAPER_INLINE {
     weigh_heads<V, kHeads, T>(args, scores + h * kAttentionChunk, out.acc + h * args.head_dim, &next_keys);

@@ -38,6 +38,19 @@ inline typename V::F exp_bounded(typename V::F x) {
   return V::zero_where_less(x, least, V::scaled(p, n));
 }
 
+// A softmax's weight of what is at most 0, or NaN (docs/numerics.md, `weight32`).
+template <class V>
+inline typename V::F softmax_weight(typename V::F x) {
+  const auto t = V::max(V::set(-100.0f), V::mul(x, V::set(1.44269504f)));  // NaN passes through
+  const auto n = V::rint(t), r = V::sub(t, n);
+  auto p = V::set(0.00132647273f);
+  p = V::fma(p, r, V::set(0.00967151299f));
+  p = V::fma(p, r, V::set(0.0555073358f));
+  p = V::fma(p, r, V::set(0.240222424f));
+  p = V::fma(p, r, V::set(0.693147004f));
+  return V::scaled(V::fma(p, r, V::set(1.0f)), n);
+}
+
 template <class V>
 inline typename V::F exp(typename V::F x) {
   return exp_bounded<V>(V::min(V::set(88.0f), x));  // NaN passes through

@@ -1,10 +1,10 @@
 // Attention over a KV cache of planes (docs/numerics.md, "KV cache as planes"): scores and weighted sums are integer
 // dot products. V is an instruction set's Vec16, I its integers:
 //
-//   I::unpack<kPlanes, kHalf>(planes, at, out)
+//   I::unpack<kPlanes, kHalf, kKeys>(planes, at, out)
 //                                            512 values of the line at this offset: signs, then kPlanes
 //                                            magnitude planes; with kHalf a one is added below the last. out:
-//                                            int8, word by word
+//                                            word by word, int8 or, with kKeys, what load_keys reads
 //   I::exponents(words, out)                 64 exponents of a group
 //   I::Bytes, I::Sums                        64 bytes, 16 int32
 //   I::sum_of(q, n), I::start(sum)           what sums of key_dot begin with
@@ -12,6 +12,7 @@
 //                                            add for each of 16 lanes the products of its four bytes with four given
 //                                            ones, each within -127..127, those given with values within 0..127
 //   I::to_bytes(x, q)                        16 floats rounded to int8, NaN to zero
+//   I::to_block(x, q)                        the same of 64 floats without NaN
 //
 // Vector operations an entry of head_dim 64 and eight heads, AVX-512: 8 dot products each for the key and the value,
 // 2 x 5 to unpack them, 10 for the softmax; over float16 64 multiply-adds, 8 conversions and the same softmax.
@@ -99,22 +100,23 @@ inline int32_t four_bytes(const void* bytes) {
   return four;
 }
 
-// Lines that will be read soon, asked for one at a time beside arithmetic: a burst would wait for the few that may be
-// under way.
+// Lines that will be read soon, asked for two at a time beside arithmetic: a burst would wait for the few that may be
+// under way, and one at a time asking took a tenth of the time (Zen 4, all in the L2).
 class Ahead {
  public:
   // What is read of the upper parts in about `asks` calls of ask().
   Ahead(const PlanesPart* parts, int64_t count, int upper, int64_t dim, int64_t asks)
       : part_(parts), last_(parts + count), upper_(upper), plane_(plane_bytes(dim)) {
-    const int64_t lines = count * (1 + upper) * plane_ / kLineBytes;
-    lines_ = (lines + asks - 1) / asks;
+    const int64_t pairs = count * (1 + upper) * plane_ / (2 * kLineBytes);  // a plane is whole pairs
+    pairs_ = (pairs + asks - 1) / asks;
   }
 
   TAPER_INLINE void ask() {
-    for (int64_t i = 0; i < lines_; ++i) {
+    for (int64_t i = 0; i < pairs_; ++i) {
       if (at_ == end_ && !begin_part()) return;
       __builtin_prefetch(at_, 0, kIntoL2);
-      at_ += kLineBytes;
+      __builtin_prefetch(at_ + kLineBytes, 0, kIntoL2);
+      at_ += 2 * kLineBytes;
     }
   }
 
@@ -133,17 +135,16 @@ class Ahead {
   const PlanesPart* part_;
   const PlanesPart* last_;
   int upper_;
-  int64_t plane_, lines_;
+  int64_t plane_, pairs_;
 };
 
-// Asks while a line of every plane is unpacked, and while one head's weights become integers: by their time beside a
-// step of a product. With none there a core waited for its line buffers a quarter of the time (Xeon, 7 bits, 8192
-// entries).
-constexpr int kAsksOfLine = 3;
-constexpr int kAsksOfWeights = 2;
+// Asks stand beside all that takes time: one for a line of every plane that is unpacked, for one head's weights, and
+// for two steps of a product or of the softmax. With none in unpacking and weights a core waited for its line buffers a
+// quarter of the time (Xeon, 7 bits, 8192 entries).
+constexpr int kStepsOfAsk = 2;
 
 // The first `entries` values of one head in a block, with whole lines to the end.
-template <class I>
+template <class I, bool kKeys>
 inline void unpack_part(const PlanesPart& part, int stored, int upper, int64_t dim, int64_t entries, Ahead* ahead,
                         int8_t* out) {
   const int64_t lines = (entries * dim / 8 + kLineBytes - 1) / kLineBytes;
@@ -151,8 +152,8 @@ inline void unpack_part(const PlanesPart& part, int stored, int upper, int64_t d
     const uint8_t* planes[1 + kPlanes] = {part.upper};
     for (int j = 0; j < kPlanes; ++j) planes[1 + j] = magnitude_plane(part, upper, j, dim);
     for (int64_t line = 0; line < lines; ++line) {
-      for (int i = 0; i < kAsksOfLine; ++i) ahead->ask();
-      I::template unpack<kPlanes, kHalf>(planes, line * kLineBytes, out + line * kLineBytes * 8);
+      ahead->ask();
+      I::template unpack<kPlanes, kHalf, kKeys>(planes, line * kLineBytes, out + line * kLineBytes * 8);
     }
   });
 }
@@ -172,13 +173,17 @@ TAPER_INLINE inline void score_entries(const PlanesScratch& work, int64_t dim, i
     });
     const int8_t* q = work.queries + first_head * kMaxPlanesDim + g * group;
     const int8_t* keys = work.entries + entry * dim + g * words * kLineBytes;
-    for (int64_t w = 0; w < words; ++w) {
+    for (int64_t pair = 0; pair < words; pair += kStepsOfAsk) {
       lines.ask();
-      typename I::Bytes k[kRuns];
-      unroll<kRuns>([&](auto r) TAPER_INLINE { k[r] = I::load_keys(keys + w * kLineBytes + r * kKeyEntries * dim); });
-      unroll<kHeads>([&](auto h) TAPER_INLINE {
-        const int32_t four = four_bytes(q + h * kMaxPlanesDim + w * kKeyElements);
-        unroll<kRuns>([&](auto r) TAPER_INLINE { dots[h * kRuns + r] = I::key_dot(dots[h * kRuns + r], k[r], four); });
+      unroll<kStepsOfAsk>([&](auto step) TAPER_INLINE {
+        const int64_t w = pair + step;
+        typename I::Bytes k[kRuns];
+        unroll<kRuns>([&](auto r) TAPER_INLINE { k[r] = I::load_keys(keys + w * kLineBytes + r * kKeyEntries * dim); });
+        unroll<kHeads>([&](auto h) TAPER_INLINE {
+          const int32_t four = four_bytes(q + h * kMaxPlanesDim + w * kKeyElements);
+          unroll<kRuns>([&](auto r)
+                            TAPER_INLINE { dots[h * kRuns + r] = I::key_dot(dots[h * kRuns + r], k[r], four); });
+        });
       });
     }
     unroll<kRuns>([&](auto r) TAPER_INLINE {
@@ -200,8 +205,8 @@ inline void score_block(const PlanesAttentionArgs& args, PlanesScratch& work, in
   const int64_t dim = f.head_dim, groups = dim / planes_group(dim);
   const int64_t left = args.num_entries - block * kBlockEntries, entries = left < kBlockEntries ? left : kBlockEntries;
   const PlanesPart& part = args.keys[block];
-  unpack_part<I>(part, f.key_bits, f.key_upper, dim, (entries + kKeyEntries - 1) / kKeyEntries * kKeyEntries, ahead,
-                 work.entries);
+  unpack_part<I, true>(part, f.key_bits, f.key_upper, dim, (entries + kKeyEntries - 1) / kKeyEntries * kKeyEntries,
+                       ahead, work.entries);
   for (int64_t g = 0; g < groups; ++g) unpack_units<I>(part, f.key_bits, g, entries, work.units + g * kBlockEntries);
   const int64_t runs = (entries + kKeyEntries - 1) / kKeyEntries;
   float* scores = work.scores + block * kBlockEntries;
@@ -213,25 +218,37 @@ inline void score_block(const PlanesAttentionArgs& args, PlanesScratch& work, in
   }
 }
 
-// The weights of one head's block of n entries times the values' units, as integers; what follows them is zero.
-template <class V, class I>
+// The weights of kHeads heads' block of n entries times the values' units, as integers; what follows them is zero. The
+// largest of four heads are found together.
+template <class V, class I, int kHeads, bool kWhole>
 inline void quantize_weights(const float* weights, const float* units, int64_t n, bool finite, int8_t* q,
-                             float* scale) {
+                             float* scales) {
   constexpr int kVectors = kBlockEntries / kLanes;
-  typename V::F p[kVectors];
-  auto most = V::zero();
+  typename V::F p[kHeads][kVectors], most[kHeads];
+  unroll<kHeads>([&](auto h) TAPER_INLINE { most[h] = V::zero(); });
   unroll<kVectors>([&](auto i) TAPER_INLINE {
-    const int64_t left = n - i * kLanes;
-    p[i] = V::mul(
-        left >= kLanes ? V::load(weights + i * kLanes) : V::load_first(weights + i * kLanes, left > 0 ? left : 0),
-        V::load(units + i * kLanes));
-    most = V::max(p[i], most);  // passes over NaN, which becomes zero below
+    const int64_t left = n - i * kLanes, count = left < 0 ? 0 : left < kLanes ? left : kLanes;
+    const auto unit = V::load(units + i * kLanes);
+    unroll<kHeads>([&](auto h) TAPER_INLINE {
+      const float* at = weights + h * kAttentionChunk + i * kLanes;
+      const auto weight = kWhole || count == kLanes ? V::load(at) : V::load_first(at, count);
+      p[h][i] = V::max(V::mul(weight, unit), V::zero());  // NaN becomes zero
+      most[h] = V::max(p[h][i], most[h]);
+    });
   });
-  const float a = V::largest(most);
-  const int e = a == 0.0f ? 0 : choose_exponent(a, kWeightBits);
-  const auto factor = V::set(power_of_two(-e));
-  unroll<kVectors>([&](auto i) TAPER_INLINE { I::to_bytes(V::mul(p[i], factor), q + i * kLanes); });
-  *scale = finite ? power_of_two(e) : std::numeric_limits<float>::quiet_NaN();
+  float largest[kHeads];
+  if constexpr (kHeads == 4) {
+    V::largest_of_four(most, largest);
+  } else {
+    unroll<kHeads>([&](auto h) TAPER_INLINE { largest[h] = V::largest(most[h]); });
+  }
+  unroll<kHeads>([&](auto h) TAPER_INLINE {
+    const int e = largest[h] == 0.0f ? 0 : choose_exponent(largest[h], kWeightBits);
+    const auto factor = V::set(power_of_two(-e));
+    unroll<kVectors>([&](auto i) TAPER_INLINE { p[h][i] = V::mul(p[h][i], factor); });
+    I::to_block(p[h], q + h * kBlockEntries);
+    scales[h] = finite ? power_of_two(e) : std::numeric_limits<float>::quiet_NaN();
+  });
 }
 
 // Adds kHeads heads' weighted sums of kVectors sixteens of elements from `element` on over n entries of a block.
@@ -243,14 +260,18 @@ TAPER_INLINE inline void weigh_entries(const PlanesScratch& work, int64_t dim, i
   unroll<kHeads * kVectors>([&](auto i) TAPER_INLINE { sums[i] = I::zero(); });
   const int64_t row = dim / kValueElements * kLineBytes;  // bytes of four entries
   const int8_t* values = work.entries + element / kValueElements * kLineBytes;
-  for (int64_t t = 0; t < n; t += kValueEntries, values += row) {
+  for (int64_t pair = 0; pair < n; pair += kStepsOfAsk * kValueEntries) {  // weights past n are zero
     lines.ask();
-    typename I::Bytes v[kVectors];
-    unroll<kVectors>([&](auto i) TAPER_INLINE { v[i] = I::load_values(values + i * kLineBytes); });
-    unroll<kHeads>([&](auto h) TAPER_INLINE {
-      const int32_t four = four_bytes(work.weights + (first_head + h) * kBlockEntries + t);
-      unroll<kVectors>([&](auto i)
-                           TAPER_INLINE { sums[h * kVectors + i] = I::value_dot(sums[h * kVectors + i], v[i], four); });
+    unroll<kStepsOfAsk>([&](auto step) TAPER_INLINE {
+      typename I::Bytes v[kVectors];
+      unroll<kVectors>([&](auto i) TAPER_INLINE { v[i] = I::load_values(values + i * kLineBytes); });
+      unroll<kHeads>([&](auto h) TAPER_INLINE {
+        const int8_t* weights = work.weights + (first_head + h) * kBlockEntries;
+        const int32_t four = four_bytes(weights + pair + step * kValueEntries);
+        unroll<kVectors>(
+            [&](auto i) TAPER_INLINE { sums[h * kVectors + i] = I::value_dot(sums[h * kVectors + i], v[i], four); });
+      });
+      values += row;
     });
   }
   unroll<kHeads>([&](auto h) TAPER_INLINE {
@@ -264,7 +285,9 @@ TAPER_INLINE inline void weigh_entries(const PlanesScratch& work, int64_t dim, i
 }
 
 template <class I, int kVectors>
-inline constexpr int kHeadsOfSums = I::kSums / kVectors > 1 ? I::kSums / kVectors : 1;
+inline constexpr int kHeadsOfSums = I::kSums / kVectors > kAttentionHeads ? kAttentionHeads
+                                    : I::kSums / kVectors > 1             ? I::kSums / kVectors
+                                                                          : 1;
 
 // Calls f.template operator()<sixteens>() for the elements of a group.
 template <class F>
@@ -278,14 +301,20 @@ inline void weigh_block(const PlanesAttentionArgs& args, PlanesScratch& work, in
   const int64_t dim = f.head_dim, group = planes_group(dim), begin = block * kBlockEntries;
   const int64_t left = args.num_entries - begin, n = left < kBlockEntries ? left : kBlockEntries;
   const PlanesPart& part = args.values[block];
-  unpack_part<I>(part, f.value_bits, f.value_upper, dim, (n + kValueEntries - 1) / kValueEntries * kValueEntries, ahead,
-                 work.entries);
+  unpack_part<I, false>(part, f.value_bits, f.value_upper, dim, (n + kValueEntries - 1) / kValueEntries * kValueEntries,
+                        ahead, work.entries);
   for (int64_t g = 0; g < dim / group; ++g) {
     const bool finite = unpack_units<I>(part, f.value_bits, g, n, work.units);
-    for (int64_t h = 0; h < args.heads; ++h) {
-      for (int i = 0; i < kAsksOfWeights; ++i) ahead->ask();
-      quantize_weights<V, I>(work.scores + h * kAttentionChunk + begin, work.units, n, finite,
-                             work.weights + h * kBlockEntries, work.weight_scales + h);
+    const auto quantize = [&]<int kHeads>(int64_t h) TAPER_INLINE {
+      for (int i = 0; i < kHeads; ++i) ahead->ask();
+      const auto whole =
+          n == kBlockEntries ? quantize_weights<V, I, kHeads, true> : quantize_weights<V, I, kHeads, false>;
+      whole(work.scores + h * kAttentionChunk + begin, work.units, n, finite, work.weights + h * kBlockEntries,
+            work.weight_scales + h);
+    };
+    for (int64_t h = 0, step; h < args.heads; h += step) {
+      step = args.heads - h < 4 ? 1 : 4;
+      step == 4 ? quantize.template operator()<4>(h) : quantize.template operator()<1>(h);
     }
     with_sixteens(group, [&]<int kVectors>() TAPER_INLINE {
       constexpr int kHeads = kHeadsOfSums<I, kVectors>;
@@ -299,7 +328,7 @@ inline void weigh_block(const PlanesAttentionArgs& args, PlanesScratch& work, in
 }
 
 inline int64_t asks_of_unpacking(const PlanesAttentionArgs& args) {
-  return args.num_entries * args.format.head_dim / (8 * kLineBytes) * kAsksOfLine;
+  return args.num_entries * args.format.head_dim / (8 * kLineBytes);
 }
 
 // How often weigh_block asks for a line of what comes next, all blocks together.
@@ -312,8 +341,8 @@ inline int64_t asks_of_weights(const PlanesAttentionArgs& args) {
     passes = args.heads / kHeads + args.heads % kHeads;
   });
   const int64_t blocks = (args.num_entries + kBlockEntries - 1) / kBlockEntries;
-  const int64_t of_group =
-      passes * ((args.num_entries + kValueEntries - 1) / kValueEntries) + blocks * args.heads * kAsksOfWeights;
+  constexpr int64_t kEntriesOfAsk = kStepsOfAsk * kValueEntries;
+  const int64_t of_group = passes * ((args.num_entries + kEntriesOfAsk - 1) / kEntriesOfAsk) + blocks * args.heads;
   return args.format.head_dim / group * of_group + asks_of_unpacking(args);
 }
 
@@ -323,7 +352,8 @@ template <class V>
 inline int64_t asks_of_scores(const PlanesAttentionArgs& args) {
   constexpr int64_t kPair = 2 * kKeyEntries;
   const int64_t passes = (args.heads + V::kHeads - 1) / V::kHeads, pairs = (args.num_entries + kPair - 1) / kPair;
-  return passes * pairs * args.format.head_dim / kKeyElements + args.heads * (args.num_entries / kLanes) +
+  return (passes * pairs * args.format.head_dim / kKeyElements + args.heads * (args.num_entries / kLanes)) /
+             kStepsOfAsk +
          asks_of_unpacking(args);
 }
 
@@ -350,7 +380,9 @@ void planes_attention(const PlanesAttentionArgs& args, const AttentionState& out
   Ahead values(args.values, blocks, args.format.value_upper, dim, asks_of_scores<V>(args));
   for (int64_t b = 0; b < blocks; ++b) score_block<V, I>(args, work, b, &values);
   for (int64_t h = 0; h < args.heads; ++h) {
-    softmax<V>(work.scores + h * kAttentionChunk, n, out.max + h, out.sum + h, [&] { values.ask(); });
+    softmax<V>(work.scores + h * kAttentionChunk, n, out.max + h, out.sum + h, [&](int64_t t) TAPER_INLINE {
+      if (t % (kStepsOfAsk * kLanes) == 0) values.ask();
+    });
   }
   std::memset(out.acc, 0, static_cast<size_t>(args.heads * dim) * sizeof(float));
   Ahead ahead(args.next_keys, kChunkBlocks, args.format.key_upper, dim, asks_of_weights<I>(args));

@@ -45,9 +45,12 @@ struct Ints {
     round(x, v);
     for (int l = 0; l < 16; ++l) q[l] = static_cast<int8_t>(v[l]);
   }
+  static void to_block(const Vec16::F* x, int8_t* q) {
+    unroll<4>([&](auto i) TAPER_INLINE { to_bytes(x[i], q + 16 * i); });
+  }
   static void exponents(const uint8_t* words, uint8_t* out) { unpack_exponents(words, out); }
 
-  template <int kPlanes, bool kHalf>
+  template <int kPlanes, bool kHalf, bool kKeys>
   static void unpack(const uint8_t* const* planes, int64_t at, int8_t* out) {
     unroll<4>([&](auto quarter)
                   TAPER_INLINE { unpack_quarter<kPlanes, kHalf>(planes, at + 16 * quarter, out + 16 * quarter); });

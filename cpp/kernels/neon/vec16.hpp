@@ -78,7 +78,10 @@ struct Vec16 {
   static F rint(F x) { return {vrndnq_f32(x.a), vrndnq_f32(x.b), vrndnq_f32(x.c), vrndnq_f32(x.d)}; }
   static F abs(F x) { return {vabsq_f32(x.a), vabsq_f32(x.b), vabsq_f32(x.c), vabsq_f32(x.d)}; }
   static float largest(F x) { return vmaxvq_f32(vmaxq_f32(vmaxq_f32(x.a, x.b), vmaxq_f32(x.c, x.d))); }  // without NaN
-  static bool all_zero(F x) {                                                                            // NaN is not
+  static void largest_of_four(const F* x, float* out) {
+    for (int i = 0; i < 4; ++i) out[i] = largest(x[i]);
+  }
+  static bool all_zero(F x) {  // NaN is not
     const uint32x4_t zeros =
         vandq_u32(vandq_u32(vceqzq_f32(x.a), vceqzq_f32(x.b)), vandq_u32(vceqzq_f32(x.c), vceqzq_f32(x.d)));
     return vminvq_u32(zeros) != 0;

@@ -41,7 +41,7 @@ void attend(const float* q, const AttentionArgs& args, float* max, float* sum, f
     w[t] = score * args.scale;
     if (w[t] > *max) *max = w[t];
   }
-  for (int64_t t = 0; t < args.num_entries; ++t) w[t] = exp32(w[t] - *max);
+  for (int64_t t = 0; t < args.num_entries; ++t) w[t] = weight32(w[t] - *max);
   *sum = sum16(w, args.num_entries);
   for (int64_t i = 0; i < dim; ++i) {
     acc[i] = 0.0f;

@@ -130,7 +130,7 @@ void attend(const PlanesAttentionArgs& args, const float* q, float* max, float* 
     w[t] *= args.scale;
     if (w[t] > *max) *max = w[t];
   }
-  for (int64_t t = 0; t < n; ++t) w[t] = exp32(w[t] - *max);
+  for (int64_t t = 0; t < n; ++t) w[t] = weight32(w[t] - *max);
   *sum = sum16(w, n);
   std::fill(acc, acc + dim, 0.0f);
   for (int64_t g = 0; g < dim / group; ++g) {

@@ -26,6 +26,8 @@ void anda_unpack(const uint64_t* words, const AndaRow& row, const uint8_t* expon
 
 // One element of `exp`.
 float exp32(float x);
+// A softmax's weight.
+float weight32(float x);
 
 // Rotates the pairs of one head.
 void rope(float* head, int64_t half, const float* cos, const float* sin);

@@ -33,6 +33,16 @@ float exp32(float x) {
   return p * std::bit_cast<float>((static_cast<int32_t>(n) + 127) << 23);
 }
 
+float weight32(float x) {
+  if (std::isnan(x)) return x;
+  const float t = std::max(x * 1.44269504f, -100.0f), n = std::nearbyint(t), r = t - n;
+  float p = 0.00132647273f;
+  for (const float coefficient : {0.00967151299f, 0.0555073358f, 0.240222424f, 0.693147004f, 1.0f}) {
+    p = std::fma(p, r, coefficient);
+  }
+  return p * power_of_two(static_cast<int>(n));
+}
+
 void exp(const float* x, int64_t n, float* y) {
   for (int64_t i = 0; i < n; ++i) y[i] = exp32(x[i]);
 }

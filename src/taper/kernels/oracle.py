@@ -100,6 +100,19 @@ def exp(x: Float32) -> Float32:
     return y
 
 
+def weight32(x: Float32) -> Float32:
+    """A softmax's weights, elementwise, of what is at most 0 or NaN."""
+    t = np.maximum(x * np.float32(1.44269504), np.float32(-100))
+    n = np.rint(t)
+    r = t - n
+    p = np.full_like(x, np.float32(0.00132647273))
+    for coefficient in (0.00967151299, 0.0555073358, 0.240222424, 0.693147004, 1):
+        p = fma(p, r, np.float32(coefficient))
+    exponent = np.where(np.isnan(x), 0, n).astype(np.int32)
+    y: Float32 = p * ((exponent + 127) << 23).view(np.float32)
+    return y
+
+
 def rms_norm(x: Float32, gain: Float32 | None, eps: float) -> Float32:
     """Norm of each row of (T, n)."""
     mean = dot16(x, x) / np.float32(x.shape[-1])
@@ -328,7 +341,7 @@ def _attend(q: Float32, keys: Float32, values: Float32, scale: float) -> _State:
 def softmax(scores: Float32) -> tuple[Float32, Float32, Float32]:
     """Of one chunk: the largest score, the sum of the weights, and the weights."""
     most = np.fmax.reduce(scores, initial=np.float32(-np.inf))
-    weights = exp(scores - most)
+    weights = weight32(scores - most)
     return most, sum16(weights), weights
 
 
