@@ -98,6 +98,8 @@ def test_a_stand_measures_and_both_places_run(llm):
         ("engine", "planner"), ("engine", "edf"), ("simulator", "planner"), ("simulator", "edf"),
     ]  # fmt: skip
     assert all(row.admitted + row.refused == 20 for row in rows)
+    came = 20 / (traces[1.0][-1].arrival_s - traces[1.0][0].arrival_s)
+    assert all(row.goodput <= row.arrivals == pytest.approx(came) for row in rows)
 
 
 def test_an_unknown_policy_is_named():
@@ -107,10 +109,11 @@ def test_an_unknown_policy_is_named():
 
 def test_the_verdict_compares_with_the_best_of_each_kind():
     def row(policy, goodput):
-        return Row(policy, 2.0, "engine", goodput, 1, 1, 0, 0.0, 0, 0, 4.0, 0.01, 9)
+        return Row(policy, 2.0, "engine", 40.0, goodput, 1, 1, 0, 0.0, 0, 0, 4.0, 0.01, 9)
 
     rows = [row("planner", 30.0), row("fcfs:2", 20.0), row("fcfs:4", 10.0), row("edf", 25.0)]
     found = verdict(rows, "engine")["2"]
+    assert found["arrivals"] == 40
     assert (found["best_other"], found["over_best"]) == ("edf", 1.2)
     assert (found["over_best_fcfs"], found["over_edf"]) == (1.5, 1.2)
     assert verdict(rows, "simulator") == {}

@@ -57,15 +57,15 @@ struct Ints {
   template <int kPlanes, bool kHalf, bool kKeys>
   static void unpack(const uint8_t* const* planes, int64_t at, int8_t* out) {
     // With the half, -(2 m + 1) is 2 ~m + 1: planes with the sign's bits turned over are a two's complement.
-    const __m512i signs = _mm512_loadu_si512(planes[0] + at), fill = kHalf ? signs : _mm512_setzero_si512();
+    const __m512i signs = _mm512_loadu_si512(planes[0] + at);
     constexpr int kFirst = 8 - kPlanes - (kHalf ? 1 : 0);
     __m512i p[8] = {signs};
     unroll<7>([&](auto i) TAPER_INLINE {
       constexpr int j = i + 1 - kFirst;
-      p[i + 1] = j < 0 ? fill : _mm512_setzero_si512();
+      p[i + 1] = kHalf && j < 0 ? signs : _mm512_setzero_si512();
       if constexpr (j >= 0 && j < kPlanes) {
-        p[i + 1] = _mm512_loadu_si512(planes[1 + j] + at);
-        if (kHalf) p[i + 1] = _mm512_xor_si512(p[i + 1], signs);
+        const __m512i plane = _mm512_loadu_si512(planes[1 + j] + at);
+        p[i + 1] = kHalf ? _mm512_xor_si512(plane, signs) : plane;
       }
     });
     __m512i pairs[8], quads[8];

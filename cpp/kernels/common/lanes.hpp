@@ -20,24 +20,6 @@ inline void for_each_group(int64_t n, const Whole& whole, const Rest& rest) {
   if (i < n) rest(i, n - i);
 }
 
-// exp of what is at most 88, or NaN.
-template <class V>
-inline typename V::F exp_bounded(typename V::F x) {
-  const auto least = V::set(-87.0f);
-  const auto bounded = V::max(least, x);  // NaN passes through
-  const auto n = V::rint(V::mul(bounded, V::set(1.44269504f)));
-  auto r = V::fma(n, V::set(-0.693145752f), bounded);
-  r = V::fma(n, V::set(-1.42860677e-6f), r);
-  auto p = V::set(1.0f / 720.0f);
-  p = V::fma(p, r, V::set(1.0f / 120.0f));
-  p = V::fma(p, r, V::set(1.0f / 24.0f));
-  p = V::fma(p, r, V::set(1.0f / 6.0f));
-  p = V::fma(p, r, V::set(0.5f));
-  p = V::fma(p, r, V::set(1.0f));
-  p = V::fma(p, r, V::set(1.0f));
-  return V::zero_where_less(x, least, V::scaled(p, n));
-}
-
 // A softmax's weight of what is at most 0, or NaN (docs/numerics.md, `weight32`).
 template <class V>
 inline typename V::F softmax_weight(typename V::F x) {
@@ -53,7 +35,19 @@ inline typename V::F softmax_weight(typename V::F x) {
 
 template <class V>
 inline typename V::F exp(typename V::F x) {
-  return exp_bounded<V>(V::min(V::set(88.0f), x));  // NaN passes through
+  const auto least = V::set(-87.0f);
+  const auto bounded = V::max(least, V::min(V::set(88.0f), x));  // NaN passes through
+  const auto n = V::rint(V::mul(bounded, V::set(1.44269504f)));
+  auto r = V::fma(n, V::set(-0.693145752f), bounded);
+  r = V::fma(n, V::set(-1.42860677e-6f), r);
+  auto p = V::set(1.0f / 720.0f);
+  p = V::fma(p, r, V::set(1.0f / 120.0f));
+  p = V::fma(p, r, V::set(1.0f / 24.0f));
+  p = V::fma(p, r, V::set(1.0f / 6.0f));
+  p = V::fma(p, r, V::set(0.5f));
+  p = V::fma(p, r, V::set(1.0f));
+  p = V::fma(p, r, V::set(1.0f));
+  return V::zero_where_less(x, least, V::scaled(p, n));
 }
 
 template <class V>

@@ -15,7 +15,7 @@
 //   I::to_block(x, q)                        the same of 64 floats without NaN
 //
 // Vector operations an entry of head_dim 64 and eight heads, AVX-512: 8 dot products each for the key and the value,
-// 2 x 5 to unpack them, 10 for the softmax; over float16 64 multiply-adds, 8 conversions and the same softmax.
+// 2 x 5 to unpack them, 8 for the softmax; over float16 64 multiply-adds, 8 conversions and the same softmax.
 #pragma once
 
 #include <cstdint>

@@ -84,6 +84,8 @@ def _text(rows: list[Row], where: str) -> str:
     for row in rows:
         by_policy.setdefault(row.policy, {})[row.load] = f"{row.goodput:.1f} ({row.violations_frac:.1%})"
     cells = [[name, *(found[load] for load in loads)] for name, found in by_policy.items()]
+    came = {row.load: f"{row.arrivals:.1f}" for row in rows}
+    cells.append(["that came", *(came[load] for load in loads)])
     header = ["policy", *(f"{load:.3g} x" for load in loads)]
     title = f"requests/s that met deadline and floor on the {where} (late or cut, of those that ran)"
     return f"{title}\n{table(header, cells)}"

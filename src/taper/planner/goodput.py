@@ -30,6 +30,7 @@ class Row:
         policy: name.
         load: arrivals over saturation.
         where: engine or simulator.
+        arrivals: requests a second that came, a bound on every goodput.
         goodput: requests a second that met deadline and floor.
         met, admitted, refused: requests.
         violations_frac: of those that ran, the share that was late or cut.
@@ -42,6 +43,7 @@ class Row:
     policy: str
     load: float
     where: str
+    arrivals: float
     goodput: float
     met: int
     admitted: int
@@ -147,6 +149,7 @@ def _row(name: str, load: float, where: str, result: SimulationResult) -> Row:
         policy=name,
         load=load,
         where=where,
+        arrivals=len(result.outcomes) / max(result.span_s or result.seconds, 1e-9),
         goodput=result.goodput,
         met=result.met,
         admitted=result.admitted,
@@ -169,7 +172,8 @@ def verdict(rows: Sequence[Row], where: str) -> dict[str, dict[str, float | str]
         if own is None or not here:
             continue
         best = max(here.values(), key=lambda row: row.goodput)
-        one: dict[str, float | str] = {"goodput": own.goodput, "best_other": best.policy}
+        one: dict[str, float | str] = {"arrivals": own.arrivals, "goodput": own.goodput}
+        one["best_other"] = best.policy
         one["over_best"] = own.goodput / best.goodput if best.goodput else inf
         fcfs = max((row.goodput for row in here.values() if row.policy.startswith("fcfs")), default=0.0)
         one |= {"over_best_fcfs": own.goodput / fcfs} if fcfs else {}
