@@ -18,6 +18,7 @@
 // 2 x 5 to unpack them, 8 for the softmax; over float16 64 multiply-adds, 8 conversions and the same softmax.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -142,6 +143,7 @@ class Ahead {
 // for two steps of a product or of the softmax. With none in unpacking and weights a core waited for its line buffers a
 // quarter of the time (Xeon, 7 bits, 8192 entries).
 constexpr int kStepsOfAsk = 2;
+constexpr int64_t kEntriesOfAsk = kStepsOfAsk * kValueEntries;  // of a weighted sum
 
 // The first `entries` values of one head in a block, with whole lines to the end.
 template <class I, bool kKeys>
@@ -260,7 +262,7 @@ TAPER_INLINE inline void weigh_entries(const PlanesScratch& work, int64_t dim, i
   unroll<kHeads * kVectors>([&](auto i) TAPER_INLINE { sums[i] = I::zero(); });
   const int64_t row = dim / kValueElements * kLineBytes;  // bytes of four entries
   const int8_t* values = work.entries + element / kValueElements * kLineBytes;
-  for (int64_t pair = 0; pair < n; pair += kStepsOfAsk * kValueEntries) {  // weights past n are zero
+  for (int64_t pair = 0; pair < n; pair += kEntriesOfAsk) {  // weights past n are zero
     lines.ask();
     unroll<kStepsOfAsk>([&](auto step) TAPER_INLINE {
       typename I::Bytes v[kVectors];
@@ -285,9 +287,7 @@ TAPER_INLINE inline void weigh_entries(const PlanesScratch& work, int64_t dim, i
 }
 
 template <class I, int kVectors>
-inline constexpr int kHeadsOfSums = I::kSums / kVectors > kAttentionHeads ? kAttentionHeads
-                                    : I::kSums / kVectors > 1             ? I::kSums / kVectors
-                                                                          : 1;
+inline constexpr int kHeadsOfSums = std::clamp<int>(I::kSums / kVectors, 1, kAttentionHeads);
 
 // Calls f.template operator()<sixteens>() for the elements of a group.
 template <class F>
@@ -301,16 +301,16 @@ inline void weigh_block(const PlanesAttentionArgs& args, PlanesScratch& work, in
   const int64_t dim = f.head_dim, group = planes_group(dim), begin = block * kBlockEntries;
   const int64_t left = args.num_entries - begin, n = left < kBlockEntries ? left : kBlockEntries;
   const PlanesPart& part = args.values[block];
-  unpack_part<I, false>(part, f.value_bits, f.value_upper, dim, (n + kValueEntries - 1) / kValueEntries * kValueEntries,
+  unpack_part<I, false>(part, f.value_bits, f.value_upper, dim, (n + kEntriesOfAsk - 1) / kEntriesOfAsk * kEntriesOfAsk,
                         ahead, work.entries);
   for (int64_t g = 0; g < dim / group; ++g) {
     const bool finite = unpack_units<I>(part, f.value_bits, g, n, work.units);
     const auto quantize = [&]<int kHeads>(int64_t h) TAPER_INLINE {
       for (int i = 0; i < kHeads; ++i) ahead->ask();
-      const auto whole =
+      const auto integers =
           n == kBlockEntries ? quantize_weights<V, I, kHeads, true> : quantize_weights<V, I, kHeads, false>;
-      whole(work.scores + h * kAttentionChunk + begin, work.units, n, finite, work.weights + h * kBlockEntries,
-            work.weight_scales + h);
+      integers(work.scores + h * kAttentionChunk + begin, work.units, n, finite, work.weights + h * kBlockEntries,
+               work.weight_scales + h);
     };
     for (int64_t h = 0, step; h < args.heads; h += step) {
       step = args.heads - h < 4 ? 1 : 4;
@@ -341,7 +341,6 @@ inline int64_t asks_of_weights(const PlanesAttentionArgs& args) {
     passes = args.heads / kHeads + args.heads % kHeads;
   });
   const int64_t blocks = (args.num_entries + kBlockEntries - 1) / kBlockEntries;
-  constexpr int64_t kEntriesOfAsk = kStepsOfAsk * kValueEntries;
   const int64_t of_group = passes * ((args.num_entries + kEntriesOfAsk - 1) / kEntriesOfAsk) + blocks * args.heads;
   return args.format.head_dim / group * of_group + asks_of_unpacking(args);
 }
